@@ -1,0 +1,108 @@
+//! Where objects live: a narrow trait, so that a crash test can hold every state a medium may be found in.
+//!
+//! An engine keeps *objects* (immutable once visible, though parts may be given up) and *heads* (small, swapped
+//! by compare-and-swap). Its promises, on which the store's crash safety stands:
+//!
+//! 1. What `Upload::finish`, `put`, `swap_head`, `remove` and `remove_head` did is durable when they return.
+//! 2. Each of them is atomic: after a crash an object or head is there as a whole, old or new, or not at all.
+//! 3. An upload that was not finished is invisible and vanishes with its process.
+
+pub mod local;
+pub mod memory;
+
+pub use local::Local;
+pub use memory::Memory;
+
+use base::ByteRange;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// The state a head was seen in. Opaque; only compared by the engine that made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Etag(pub(crate) String);
+
+impl Etag {
+    /// The tag of a head by its content, for engines without one of their own.
+    pub(crate) fn of(bytes: &[u8]) -> Self {
+        Self(blake3::hash(bytes).to_hex().to_string())
+    }
+}
+
+impl fmt::Display for Etag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a publication expects to find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// No head of that name.
+    Absent,
+    /// Anything; the last writer wins.
+    Any,
+    /// The head as it was read.
+    Etag(Etag),
+}
+
+impl Expect {
+    /// Why a head in state `found` is not what is expected.
+    pub(crate) fn refuses(&self, found: Option<&Etag>) -> Option<&'static str> {
+        match (self, found) {
+            (Self::Absent, Some(_)) => Some("it exists already"),
+            (Self::Etag(_), None) => Some("it was removed"),
+            (Self::Etag(expected), Some(found)) if expected != found => Some("another writer published first"),
+            _ => None,
+        }
+    }
+}
+
+/// An object open for reading.
+pub trait Object: Send + Sync {
+    /// Fills `buf` from `offset`; fewer bytes are an `UnexpectedEof` error.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Its length.
+    fn size(&self) -> io::Result<u64>;
+}
+
+/// An object being written. Dropping it unfinished removes it.
+pub trait Upload: Send {
+    /// Adds bytes at the end. After an error nothing was added, and a later attempt may succeed.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// What was appended so far, for reading; stays good after `finish`.
+    fn object(&self) -> Arc<dyn Object>;
+    /// Makes it durable, then visible. May be repeated after an error, but once the medium reported that it
+    /// could not make data durable, every later attempt fails as well: nobody knows what it dropped.
+    fn finish(&mut self) -> io::Result<()>;
+}
+
+/// A medium for one store. Object names are `folder/file`; `folder` is one of a fixed few.
+pub trait Engine: Send + Sync {
+    /// For messages: the directory or address.
+    fn describe(&self) -> String;
+    /// Starts an object.
+    fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>>;
+    /// Opens a visible object.
+    fn open(&self, name: &str) -> io::Result<Arc<dyn Object>>;
+    /// A whole small object.
+    fn get(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
+    /// Writes or replaces a whole small object.
+    fn put(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+    /// The files in a folder, in no order.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    /// Removes objects, in order. Absent ones are no error. Space is given back even while others read them.
+    fn remove(&self, names: &[String]) -> io::Result<()>;
+    /// Gives up parts of an object; they read as zero from then on.
+    fn punch(&self, name: &str, ranges: &[ByteRange]) -> io::Result<()>;
+    /// Bytes an object takes on the medium.
+    fn footprint(&self, name: &str) -> io::Result<u64>;
+    /// A head's bytes and tag.
+    fn head(&self, name: &str) -> io::Result<Option<(Vec<u8>, Etag)>>;
+    /// All heads.
+    fn heads(&self) -> io::Result<Vec<String>>;
+    /// Compare-and-swap of a head. The inner error says what was found instead.
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>>;
+    /// Removes a head; whether it was there.
+    fn remove_head(&self, name: &str) -> io::Result<bool>;
+}

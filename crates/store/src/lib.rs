@@ -1,0 +1,42 @@
+//! The versioned blob store: every disk and every memory is a version.
+//!
+//! A *version* of a blob is named by the root of a copy-on-write tree over its blocks. Blocks and nodes are
+//! named by keyed hashes of their content; equal content is kept once. They lie in compressed *frames*, many to
+//! a *pack*; an index beside each pack says where. *Heads* name the versions that are to be kept.
+//!
+//! The order of writing is what makes it safe: blocks and nodes go into packs; packs and indexes are made
+//! durable; only then does a compare-and-swap of a head make the versions visible. A writer that dies leaves
+//! garbage and nothing else. Whatever is read is checked against its name, so a wrong byte is never served.
+//!
+//! `tree` is pure. The engines (`engine`) are the only modules that touch a medium. `docs/store-format.md`
+//! gives every byte of the format.
+
+mod cache;
+mod catalog;
+mod collect;
+mod commit;
+mod compact;
+pub mod engine;
+mod error;
+mod frame;
+mod head;
+mod ledger;
+mod name;
+mod nodes;
+mod pack;
+mod read;
+mod store;
+mod transaction;
+mod tree;
+mod verify;
+
+pub use collect::Collected;
+pub use commit::{BlockSource, Changes, CommitStat};
+pub use engine::{Etag, Expect};
+pub use error::Error;
+pub use head::Manifest;
+pub use name::{BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, Name, Version};
+pub use read::ReadStat;
+pub use store::{Mode, Stats, Store};
+pub use transaction::Transaction;
+pub use verify::{Fault, Report};

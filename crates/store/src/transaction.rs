@@ -1,0 +1,198 @@
+//! Transactions: what they wrote is safe from the collector until they are published or dropped.
+
+use crate::catalog::{Location, Pack};
+use crate::engine::{Etag, Expect};
+use crate::error::Error;
+use crate::frame::Encoded;
+use crate::head::{self, Manifest};
+use crate::ledger::{HoldCounts, Ledger};
+use crate::name::{Name, Version};
+use crate::store::Store;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+/// A unit of writing: any number of commits, then one publication. Dropped unpublished, it leaves nothing that
+/// the next collection would not remove.
+pub struct Transaction<'a> {
+    pub(crate) store: &'a Store,
+    /// Subtrees this transaction holds a reference on.
+    held: Mutex<Vec<(Name, u8)>>,
+    /// The packs it started; the last one takes more frames.
+    packs: Mutex<Vec<Arc<Pack>>>,
+    _counts: HoldCounts<'a>,
+}
+
+/// A frame that was appended. Keep it until its items are in the catalog: until then they only look dead.
+pub(crate) struct Appended {
+    pack: Arc<Pack>,
+    frame: u32,
+}
+
+impl Appended {
+    pub(crate) fn location(&self, slot: usize) -> Location {
+        Location { pack: self.pack.handle, frame: self.frame, slot: slot as u8 }
+    }
+}
+
+impl Drop for Appended {
+    fn drop(&mut self) {
+        self.pack.entered();
+    }
+}
+
+impl Store {
+    /// Starts a transaction. Any number may be under way.
+    pub fn begin(&self) -> Transaction<'_> {
+        Transaction { store: self, held: Mutex::default(), packs: Mutex::default(), _counts: self.hold_counts() }
+    }
+
+    /// Drops packs of ended transactions to which nothing refers.
+    pub(crate) fn drop_orphans(&self, _ledger: &mut Ledger) {
+        let mut open = self.open_packs.lock().expect("no panic while open packs are locked");
+        open.retain(|pack| {
+            if !pack.orphan.load(Ordering::Relaxed) || pack.live() > 0 || pack.is_sealed() {
+                return true;
+            }
+            let Some((names, uploaded)) = pack.abandon() else { return true };
+            names.iter().for_each(|name| self.catalog.forget(name, pack.handle));
+            self.catalog.remove_pack(pack.handle);
+            if uploaded && let Err(error) = self.engine.remove(&[pack.id.pack_object()]) {
+                log::warn!(
+                    "cannot remove {}, which has no index; the next opening will: {error}",
+                    pack.id.pack_object()
+                );
+            }
+            false
+        });
+    }
+}
+
+impl Transaction<'_> {
+    /// Keeps a reference that the caller took until the transaction ends.
+    pub(crate) fn hold(&self, name: Name, height: u8) {
+        self.held.lock().expect("no panic while the list is locked").push((name, height));
+    }
+
+    /// Adds a frame to the pack of this transaction.
+    pub(crate) fn append(&self, encoded: &Encoded, names: &[Name]) -> Result<Appended, Error> {
+        let mut packs = self.packs.lock().expect("no panic while packs are locked");
+        loop {
+            if let Some(pack) = packs.last()
+                && let Some(frame) = pack.append(encoded, names)?
+            {
+                return Ok(Appended { pack: Arc::clone(pack), frame });
+            }
+            packs.push(self.store.start_pack()?);
+        }
+    }
+
+    /// Makes the packs of this transaction durable, whether or not anything refers to them yet.
+    pub(crate) fn seal(&self) -> Result<(), Error> {
+        let packs = self.packs.lock().expect("no panic while packs are locked").clone();
+        self.store.seal_packs(packs.iter())
+    }
+
+    /// Stores a small blob as blocks of 4 KiB. Its size is that of `bytes` exactly.
+    ///
+    /// # Errors
+    /// As [`Transaction::commit`].
+    pub fn put_bytes(&self, bytes: &[u8]) -> Result<Version, Error> {
+        struct Slice<'a>(&'a [u8]);
+        impl crate::BlockSource for Slice<'_> {
+            fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+                buf.copy_from_slice(&self.0[offset as usize..offset as usize + buf.len()]);
+                Ok(())
+            }
+        }
+        let base = self.store.empty(bytes.len() as u64, base::PAGE as u32);
+        if bytes.is_empty() {
+            return Ok(base);
+        }
+        let written = [base::ByteRange::new(0, base.size)];
+        let changes = crate::Changes {
+            written: &written,
+            zeroed: &[],
+            source: &Slice(bytes),
+            threads: 1,
+            progress: None,
+            cancel: None,
+        };
+        Ok(self.commit(&base, &changes)?.0)
+    }
+
+    /// Makes everything durable, then visible under `head` in one step, and ends the transaction. Versions in
+    /// the manifest may come from this transaction or be older.
+    ///
+    /// # Errors
+    /// [`Error::HeadChanged`] when the head is not as expected; a version in the manifest is unknown; the medium
+    /// is full or fails. Nothing was published then.
+    pub fn publish(self, head: &str, expect: Expect, manifest: &Manifest) -> Result<Etag, Error> {
+        let store = self.store;
+        store.writable("publish")?;
+        head::check_name(head)?;
+        self.precheck(head, &expect)?;
+        let roots: Vec<(Name, u8)> = manifest.versions.values().map(|v| (v.root, v.height())).collect();
+        {
+            let mut ledger = store.ledger();
+            for (done, (name, height)) in roots.iter().enumerate() {
+                if let Err(error) = store.acquire(&mut ledger, *name, *height) {
+                    roots[..done].iter().for_each(|(name, height)| store.release(&mut ledger, *name, *height));
+                    return Err(error);
+                }
+            }
+        }
+        let (result, unused) = match store.seal_open_packs() {
+            Ok(()) => self.swap(head, &expect, manifest),
+            Err(error) => (Err(error), Some(manifest.clone())),
+        };
+        let mut ledger = store.ledger();
+        for version in unused.iter().flat_map(|manifest| manifest.versions.values()) {
+            store.release(&mut ledger, version.root, version.height());
+        }
+        drop(ledger);
+        result
+    }
+
+    /// Refuses early what the swap would refuse, before anything is made durable for it.
+    fn precheck(&self, head: &str, expect: &Expect) -> Result<(), Error> {
+        let found = self.store.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
+        match expect.refuses(found.map(|(_, etag)| etag).as_ref()) {
+            Some(found) => Err(Error::HeadChanged { head: head.to_owned(), found }),
+            None => Ok(()),
+        }
+    }
+
+    /// The compare-and-swap, and the manifest that needs its references no more: the one before, or this one
+    /// where it did not come to be. Where nobody can tell, none: too many references only leak.
+    fn swap(&self, head: &str, expect: &Expect, manifest: &Manifest) -> (Result<Etag, Error>, Option<Manifest>) {
+        let store = self.store;
+        let _one = store.publishing.lock().expect("no panic while publishing");
+        let old = match store.head(head) {
+            Ok(found) => found.map(|(manifest, _)| manifest),
+            Err(Error::Corrupt { .. }) => None,
+            Err(error) => return (Err(error), Some(manifest.clone())),
+        };
+        let bytes = manifest.encode(head, &store.keys);
+        match store.engine.swap_head(head, expect, &bytes) {
+            Ok(Ok(etag)) => (Ok(etag), old),
+            Ok(Err(found)) => (Err(Error::HeadChanged { head: head.to_owned(), found }), Some(manifest.clone())),
+            Err(error) => {
+                let absent = store.engine.head(head).is_ok_and(|found| found.is_none_or(|(there, _)| there != bytes));
+                (Err(Error::io("publish", head::object(head), error)), absent.then(|| manifest.clone()))
+            }
+        }
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        let mut ledger = self.store.ledger();
+        let held = std::mem::take(&mut *self.held.lock().expect("no panic while the list is locked"));
+        held.into_iter().for_each(|(name, height)| self.store.release(&mut ledger, name, height));
+        for pack in &*self.packs.lock().expect("no panic while packs are locked") {
+            pack.orphan.store(true, Ordering::Relaxed);
+        }
+        self.store.drop_orphans(&mut ledger);
+    }
+}
