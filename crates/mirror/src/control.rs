@@ -1,0 +1,251 @@
+//! What is said over the control socket `<home>/run/mirror.sock`: one JSON object a line, one line in answer,
+//! `{"ok": …}` or `{"error": "…"}`.
+//!
+//! Every request may be sent again after a lost answer: what is done already is answered as if done now. So a
+//! client whose mirror was killed and replaced repeats its last request and goes on.
+//!
+//! The answer to `fuse_fd` carries the FUSE descriptor as ancillary data of its first byte.
+
+use crate::ram::Holder;
+use crate::stats::VmStats;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+/// Smallest id an object may have: those below are the mount's directories.
+pub const ID_MIN: u64 = 16;
+
+/// What lies below an overlay or a view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Below {
+    /// Zeros.
+    Zero,
+    /// A version of the store, in text.
+    Version(String),
+    /// A view, by id.
+    View(u64),
+}
+
+/// Where a RAM file's own pages come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RamSource {
+    /// From a process that holds them, until they are committed.
+    Pending(Holder),
+    /// From a version of the store, in text.
+    Committed(String),
+    /// They are zero.
+    Blank,
+}
+
+/// A RAM file to add.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSpec {
+    /// Its id: its name in the mount and its inode number.
+    pub id: u64,
+    /// How it is put together: `base::RamMap` in text. The map's size is the file's.
+    pub map: String,
+    /// Where the pages come from that the map gives to `id` itself.
+    pub source: RamSource,
+}
+
+/// A writable disk to add.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlaySpec {
+    /// Its id: its name in the mount and its inode number.
+    pub id: u64,
+    /// The VM whose counters its requests go to.
+    pub vm: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes in a block, a power of two; that of what lies below.
+    pub block_size: u64,
+    /// What it shows where nothing was written.
+    pub below: Below,
+}
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+#[expect(missing_docs, reason = "fields are named as in the structures above and documented at the client's methods")]
+pub enum Request {
+    /// Who are you? Answer: [`Hello`].
+    Hello,
+    /// Adds a RAM file.
+    AddRam(RamSpec),
+    /// From now on the file's own pages come from a version; the holder may end once this is answered.
+    SetRamCommitted { id: u64, version: String },
+    /// Adds a writable disk.
+    AddOverlay(OverlaySpec),
+    /// Freezes what an overlay shows now into a new view.
+    Mark { overlay: u64, view: u64 },
+    /// What a view changed. Answer: [`ViewChanges`].
+    View { id: u64 },
+    /// From now on what the view's layer lacks comes from a version.
+    SetViewCommitted { id: u64, version: String },
+    /// Makes durable all that was written to an overlay.
+    Flush { id: u64 },
+    /// Removes objects; those that others stand on go when the last of these goes. Answer: [`Removed`].
+    Remove { ids: Vec<u64> },
+    /// Every object. Answer: [`Listing`].
+    List,
+    /// Counts the faults of a process for a VM.
+    RegisterVm { vm: String, pid: u32 },
+    /// Forgets a VM's counters.
+    UnregisterVm { vm: String },
+    /// Counters. Answer: [`Stats`].
+    Stats {
+        #[serde(default)]
+        vm: Option<String>,
+    },
+    /// Fetches ranges (first byte and end) of an object in order, behind all demand. Answer: [`Queued`].
+    Prefetch {
+        object: u64,
+        ranges: Vec<(u64, u64)>,
+        #[serde(default)]
+        vm: Option<String>,
+    },
+    /// Passes the FUSE descriptor.
+    FuseFd,
+    /// Ends the mirror; VMs wait for the next one, unless it is to unmount.
+    Shutdown { unmount: bool },
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply<T> {
+    /// Done.
+    Ok(T),
+    /// Not done, and why.
+    Error(String),
+}
+
+/// Who answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Its process.
+    pub pid: u32,
+    /// The FUSE session it serves: stays the same when one mirror takes over from another.
+    pub session: String,
+}
+
+/// What a view changed against what lies below it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewChanges {
+    /// File with the written blocks' data, at their offsets in the disk. It no longer changes there.
+    pub data_path: PathBuf,
+    /// Written blocks: first byte and end. The last may pass the end of a disk that is not whole blocks.
+    pub dirty: Vec<(u64, u64)>,
+    /// Zeroed blocks, likewise; the file's bytes there mean nothing.
+    pub zeroed: Vec<(u64, u64)>,
+    /// What lies below: by its version, where that is known. The version the view itself became, once committed.
+    pub below: Below,
+    /// Whether it was committed.
+    pub committed: bool,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes in a block.
+    pub block_size: u64,
+}
+
+/// What became of objects to be removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// Gone, with those that had been deferred for their sake.
+    pub removed: Vec<u64>,
+    /// Still stood on, by the objects named; they go with the last of these.
+    pub deferred: Vec<(u64, Vec<u64>)>,
+    /// Were not there.
+    pub missing: Vec<u64>,
+}
+
+/// All objects.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listing {
+    /// RAM files: id, bytes, source.
+    pub ram: Vec<RamEntry>,
+    /// Overlays.
+    pub overlays: Vec<OverlaySpec>,
+    /// Views: id, what lies below, whether committed.
+    pub views: Vec<ViewEntry>,
+    /// Ids to be removed with the last object that stands on them.
+    pub deferred: Vec<u64>,
+    /// VMs and their processes.
+    pub vms: HashMap<String, u32>,
+}
+
+/// A RAM file, listed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamEntry {
+    /// Its id.
+    pub id: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where its own pages come from.
+    pub source: RamSource,
+    /// Why its holder cannot be read.
+    pub lost: Option<String>,
+}
+
+/// A view, listed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewEntry {
+    /// Its id.
+    pub id: u64,
+    /// What its layer lacks comes from here.
+    pub below: Below,
+    /// Whether it was committed.
+    pub committed: bool,
+}
+
+/// Counters, since this mirror process started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Each VM's.
+    pub vms: HashMap<String, VmStats>,
+    /// Those of processes that belong to no VM.
+    pub others: VmStats,
+    /// Reads of RAM that wait, and why.
+    pub waiting: Vec<Waiting>,
+    /// Objects that failed last, and how: bounded.
+    pub problems: Vec<Problem>,
+    /// Prefetch requests not yet done.
+    pub prefetch_queued: u64,
+    /// Worker threads now.
+    pub threads: u64,
+}
+
+/// A read of RAM that waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// The RAM file.
+    pub object: u64,
+    /// The VM whose thread waits.
+    pub vm: Option<String>,
+    /// Where in the file.
+    pub offset: u64,
+    /// Since when, in milliseconds.
+    pub waited_ms: u64,
+    /// Why.
+    pub why: String,
+}
+
+/// What went wrong with an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// The object.
+    pub object: u64,
+    /// What happened last.
+    pub what: String,
+    /// How often something did.
+    pub times: u64,
+}
+
+/// A prefetch was taken on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queued {
+    /// Bytes taken on; fewer than asked where the queue is full.
+    pub bytes: u64,
+}

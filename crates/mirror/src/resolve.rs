@@ -1,0 +1,81 @@
+//! Where bytes of versions come from: the narrow door to the store.
+
+use thiserror::Error;
+
+/// The store, as the mirror sees it.
+///
+/// Versions are immutable: the same range always reads the same bytes, so an answer may be kept for ever.
+pub trait Versions: Send + Sync {
+    /// Fills `buf` with the bytes of `version` from `offset` on; what lies past its end is zero. Returns how many
+    /// compressed bytes were read for it from the store's packs.
+    ///
+    /// # Errors
+    /// The bytes are not to be had now ([`VersionError::Unavailable`]) or are not what the version names
+    /// ([`VersionError::Corrupt`]); `buf` then holds anything and must not be used.
+    fn read_at(&self, version: &str, offset: u64, buf: &mut [u8]) -> Result<u64, VersionError>;
+}
+
+/// Why a version's bytes cannot be served.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum VersionError {
+    /// Trying again may help.
+    #[error("version {version} at {offset:#x}: {why}; it is tried again")]
+    Unavailable {
+        /// The version in text.
+        version: String,
+        /// Where in it.
+        offset: u64,
+        /// What the store said.
+        why: String,
+    },
+    /// The store's bytes do not verify; they are never served.
+    #[error("version {version} at {offset:#x} is corrupt in the store: {why}; repair the store, it is tried again")]
+    Corrupt {
+        /// The version in text.
+        version: String,
+        /// Where in it.
+        offset: u64,
+        /// What the store said.
+        why: String,
+    },
+}
+
+#[cfg(test)]
+pub(crate) mod double {
+    //! Versions held in memory, for tests.
+
+    use super::{VersionError, Versions};
+    use std::collections::HashMap;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Named byte arrays; a name that is not there is unavailable.
+    #[derive(Default)]
+    pub(crate) struct Memory {
+        pub(crate) versions: Mutex<HashMap<String, Vec<u8>>>,
+        pub(crate) reads: AtomicU64,
+    }
+
+    impl Memory {
+        pub(crate) fn put(&self, name: &str, bytes: Vec<u8>) {
+            self.versions.lock().unwrap().insert(name.to_owned(), bytes);
+        }
+    }
+
+    impl Versions for Memory {
+        fn read_at(&self, version: &str, offset: u64, buf: &mut [u8]) -> Result<u64, VersionError> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            let versions = self.versions.lock().unwrap();
+            let bytes = versions.get(version).ok_or_else(|| VersionError::Unavailable {
+                version: version.to_owned(),
+                offset,
+                why: "no such version".to_owned(),
+            })?;
+            let from = (offset as usize).min(bytes.len());
+            let len = (bytes.len() - from).min(buf.len());
+            buf[..len].copy_from_slice(&bytes[from..from + len]);
+            buf[len..].fill(0);
+            Ok(len as u64 / 2)
+        }
+    }
+}
