@@ -1,0 +1,28 @@
+//! A node: the life of its VMs, its images and snapshots.
+//!
+//! [`Node`] is everything the daemon can do, as blocking functions; the binary puts HTTP and a command line around
+//! it. Each VM is owned by one thread ([`vm`]); the mirror is a process of its own ([`mirror_link`]); what is frozen
+//! reaches the store behind the guests' backs ([`commit`]).
+
+mod commit;
+pub mod doctor;
+mod error;
+pub mod home;
+pub mod image;
+mod images;
+pub mod lineage;
+pub mod mirror_link;
+pub mod names;
+mod node;
+mod observe;
+pub mod record;
+mod recover;
+mod snapshots;
+mod sweep;
+pub mod sys;
+pub mod vm;
+
+pub use error::{Error, Result};
+pub use home::Home;
+pub use images::ENV_CACHE;
+pub use node::{FORK_MAX, Node, Shared};

@@ -1,0 +1,322 @@
+//! The daemon's side of the mirror process: starts it, keeps a copy of its FUSE descriptor, replaces it when it
+//! dies.
+//!
+//! The FUSE session lives as long as anyone holds the descriptor: the mirror, this daemon, or the resident
+//! library inside any hypervisor. A mirror that dies is therefore replaced by one that takes the session over;
+//! faulting guests see a stall and nothing else.
+
+use crate::error::{Error, Result};
+use crate::home::Home;
+use base::RamMap;
+use mirror::Holder;
+use mirror::client::Client;
+use mirror::control::{Below, Listing, OverlaySpec, RamSource, RamSpec, Stats, ViewChanges};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use vmm::process::{self, ProcessId};
+
+/// The mirror, as the daemon sees it.
+pub struct MirrorLink {
+    socket: PathBuf,
+    home: PathBuf,
+    log: PathBuf,
+    state: Mutex<State>,
+    closing: AtomicBool,
+}
+
+struct State {
+    fuse: OwnedFd,
+    process: ProcessId,
+}
+
+impl MirrorLink {
+    /// Finds the living mirror, or starts one: over `kept`, a FUSE descriptor that some hypervisor kept, where
+    /// there is one, else over a new mount.
+    ///
+    /// # Errors
+    /// Where it cannot be started, with its last words.
+    pub fn open(home: &Home, kept: impl FnOnce() -> Option<OwnedFd>) -> Result<Arc<Self>> {
+        let (socket, log) = (home.path("run/mirror.sock"), home.path("run/mirror.log"));
+        let root = home.root().to_owned();
+        // The client waits for a mirror that is being replaced; whether there is one at all shows at once.
+        let listening = std::os::unix::net::UnixStream::connect(&socket).is_ok();
+        let found = listening.then(|| Client::new(&socket).hello().ok().and_then(|h| ProcessId::of(h.pid))).flatten();
+        let process = match found {
+            Some(process) => process,
+            None => start(&root, &log, kept())?,
+        };
+        let process = await_answer(&socket, process, &log)?;
+        let fuse = mirror::client::fuse_fd_of(&socket).map_err(|e| Error::Mirror(e.to_string()))?;
+        let link = Arc::new(Self {
+            socket,
+            home: root,
+            log,
+            state: Mutex::new(State { fuse, process }),
+            closing: AtomicBool::new(false),
+        });
+        let watched = Arc::downgrade(&link);
+        std::thread::Builder::new()
+            .name("mirror-watch".into())
+            .spawn(move || {
+                while let Some(link) = watched.upgrade() {
+                    link.watch();
+                }
+            })
+            .map_err(Error::io("start a thread for", &link.socket))?;
+        Ok(link)
+    }
+
+    /// Waits a while for the mirror's end; replaces it.
+    fn watch(&self) {
+        let process = self.state.lock().expect("no holder panics").process;
+        let ended = process.pidfd().is_none_or(|fd| {
+            let ended = process::wait_readable(&fd, Duration::from_millis(500));
+            if ended {
+                process::reap(&fd);
+            }
+            ended
+        });
+        if !ended || self.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let mut state = self.state.lock().expect("no holder panics");
+        log::error!("the mirror (process {}) died: {}; replacing it", process.pid, process::last_words(&self.log));
+        let replaced = state
+            .fuse
+            .try_clone()
+            .map_err(Error::io("copy the descriptor of", &self.socket))
+            .and_then(|fuse| start(&self.home, &self.log, Some(fuse)))
+            .and_then(|process| await_answer(&self.socket, process, &self.log));
+        match replaced {
+            Ok(process) => state.process = process,
+            Err(error) => {
+                log::error!("the mirror could not be replaced, trying again: {error}");
+                std::thread::sleep(Duration::from_millis(500));
+            }
+        }
+    }
+
+    /// A copy of the FUSE descriptor, for a hypervisor to keep.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn fuse(&self) -> Result<OwnedFd> {
+        self.state
+            .lock()
+            .expect("no holder panics")
+            .fuse
+            .try_clone()
+            .map_err(Error::io("copy the descriptor of", &self.socket))
+    }
+
+    /// Pid of the mirror.
+    pub fn pid(&self) -> u32 {
+        self.state.lock().expect("no holder panics").process.pid
+    }
+
+    /// Ends the mirror and unmounts; only when no VM is left.
+    pub fn close(&self, unmount: bool) {
+        self.closing.store(true, Ordering::Release);
+        let process = self.state.lock().expect("no holder panics").process;
+        if let Err(error) = self.client().shutdown(unmount) {
+            log::warn!("the mirror did not shut down by itself: {error}");
+        }
+        if let Some(fd) = process.pidfd() {
+            process::wait_readable(&fd, Duration::from_secs(30));
+        }
+        process.end(Duration::ZERO);
+        if unmount {
+            let _ = std::fs::remove_file(&self.socket);
+        }
+    }
+
+    /// A RAM file of zeros.
+    ///
+    /// # Errors
+    /// As the mirror says; so with all that follow.
+    pub fn add_ram_blank(&self, id: u64, bytes: u64) -> Result<()> {
+        self.add_ram(id, &RamMap::zero(bytes), RamSource::Blank)
+    }
+
+    /// A RAM file whose own pages a process holds.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn add_ram_pending(&self, id: u64, map: &RamMap, holder: ProcessId, address: u64) -> Result<()> {
+        self.add_ram(id, map, RamSource::Pending(Holder { pid: holder.pid, start: holder.start, address }))
+    }
+
+    /// A RAM file whose own pages are in the store.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn add_ram_committed(&self, id: u64, map: &RamMap, version: &str) -> Result<()> {
+        self.add_ram(id, map, RamSource::Committed(version.to_owned()))
+    }
+
+    fn add_ram(&self, id: u64, map: &RamMap, source: RamSource) -> Result<()> {
+        self.client().add_ram(RamSpec { id, map: map.encode(), source }).map_err(refused)
+    }
+
+    /// The file's own pages are in the store now.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn set_ram_committed(&self, id: u64, version: &str) -> Result<()> {
+        self.client().set_ram_committed(id, version).map_err(refused)
+    }
+
+    /// A writable disk.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn add_overlay(&self, id: u64, vm: &str, size: u64, block_size: u32, below: Below) -> Result<()> {
+        let spec = OverlaySpec { id, vm: vm.to_owned(), size, block_size: block_size.into(), below };
+        self.client().add_overlay(spec).map_err(refused)
+    }
+
+    /// Freezes what a disk shows into a view.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn mark(&self, overlay: u64, view: u64) -> Result<()> {
+        self.client().mark(overlay, view).map_err(refused)
+    }
+
+    /// What a view changed.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn view(&self, view: u64) -> Result<ViewChanges> {
+        self.client().view(view).map_err(refused)
+    }
+
+    /// The view is in the store now.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn set_view_committed(&self, view: u64, version: &str) -> Result<()> {
+        self.client().set_view_committed(view, version).map_err(refused)
+    }
+
+    /// Makes durable what a disk was given.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn flush(&self, overlay: u64) -> Result<()> {
+        self.client().flush(overlay).map_err(refused)
+    }
+
+    /// Removes objects.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn remove(&self, ids: &[u64]) -> Result<()> {
+        self.client().remove(ids).map(|_| ()).map_err(refused)
+    }
+
+    /// Every object.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn list(&self) -> Result<Listing> {
+        self.client().list().map_err(refused)
+    }
+
+    /// Whether there is a RAM file `id`.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn has_ram(&self, id: u64) -> Result<bool> {
+        Ok(self.list()?.ram.iter().any(|r| r.id == id))
+    }
+
+    /// The blank RAM files: id and bytes.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn blanks(&self) -> Result<Vec<(u64, u64)>> {
+        Ok(self.list()?.ram.iter().filter(|r| r.source == RamSource::Blank).map(|r| (r.id, r.size)).collect())
+    }
+
+    /// Counts a process's faults for a VM.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn register_vm(&self, vm: &str, pid: u32) -> Result<()> {
+        self.client().register_vm(vm, pid).map_err(refused)
+    }
+
+    /// Forgets a VM's counters.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn unregister_vm(&self, vm: &str) -> Result<()> {
+        self.client().unregister_vm(vm).map_err(refused)
+    }
+
+    /// Counters of one VM or of all.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn stats(&self, vm: Option<&str>) -> Result<Stats> {
+        self.client().stats(vm).map_err(refused)
+    }
+
+    /// Why a VM waits for a page, where it does.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn waits(&self, vm: &str) -> Result<Option<String>> {
+        let stats = self.stats(Some(vm))?;
+        Ok(stats.waiting.into_iter().find(|w| w.vm.as_deref() == Some(vm) && w.waited_ms > 1000).map(|w| w.why))
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&self.socket)
+    }
+}
+
+fn refused(error: impl std::fmt::Display) -> Error {
+    Error::Mirror(error.to_string())
+}
+
+fn start(home: &std::path::Path, log: &std::path::Path, fuse: Option<OwnedFd>) -> Result<ProcessId> {
+    // Not by its path: an upgrade may have put another file there while this daemon ran.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("offshoot").arg("mirror").arg("--home").arg(home);
+    if fuse.is_some() {
+        command.arg("--take-over");
+    }
+    Ok(process::spawn(&command, &[], fuse, log)?)
+}
+
+/// Waits until the mirror answers. It may be another than `process`: one that an earlier daemon had just started when
+/// it died. That one has the home's lock, and ours gives way.
+fn await_answer(socket: &std::path::Path, process: ProcessId, log: &std::path::Path) -> Result<ProcessId> {
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        match Client::new(socket).with_time_limit(Duration::from_millis(200)).hello().map(|h| h.pid) {
+            Ok(pid) if pid == process.pid => return Ok(process),
+            Ok(pid) => {
+                if let Some(other) = ProcessId::of(pid) {
+                    process.end(Duration::ZERO);
+                    return Ok(other);
+                }
+            }
+            Err(_) => {}
+        }
+        if !process.alive() {
+            return Err(Error::Host(format!("the mirror ended at start: {}", process::last_words(log))));
+        }
+        if std::time::Instant::now() > end {
+            return Err(Error::Mirror("does not answer 20 s after its start".into()));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

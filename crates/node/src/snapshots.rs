@@ -1,0 +1,211 @@
+//! Snapshots: taking them, listing them, starting from them.
+
+use crate::error::{Error, Result};
+use crate::node::{Node, Shared, new_uuid};
+use crate::record::{self, Life, SnapshotMeta, VmRecord};
+use crate::vm::Source;
+use crate::{names, sweep};
+use api::RunRequest;
+use base::{RamFileId, RamMap};
+use std::collections::BTreeSet;
+use vmm::passt::Publish;
+
+impl Node {
+    /// Takes a snapshot of a running VM and returns when it is durable.
+    ///
+    /// # Errors
+    /// Where the tag is taken or the VM cannot be frozen; where the store is full, the snapshot is not visible.
+    pub fn take_snapshot(
+        &self,
+        name: &str,
+        tag: Option<&str>,
+        progress: &mut dyn FnMut(&str, u64, u64),
+    ) -> Result<api::Snapshot> {
+        let vm = self.vm(name)?;
+        let Tagging { tag, .. } = &self.reserve_tag(name, tag)?;
+        progress("freezing", 0, 1);
+        let id = {
+            let _making = self.shared.making.read().expect("no holder panics");
+            let frozen = vm.freeze(Some(tag.clone()))?;
+            let id = frozen.record.id;
+            self.shared.pending.lock().expect("no holder panics").insert(id, frozen.record);
+            id
+        };
+        self.committer.submit(id);
+        self.committer.await_done(id, progress)?;
+        let (manifest, meta) = self.snapshot(&format!("{name}@{tag}"))?;
+        Ok(listed(&manifest, &meta))
+    }
+
+    /// The snapshots in the store.
+    ///
+    /// # Errors
+    /// Where a head is damaged.
+    pub fn snapshots(&self) -> Result<Vec<api::Snapshot>> {
+        let mut out = Vec::new();
+        for head in self.shared.store.heads("snap/")? {
+            if let Some((manifest, _)) = self.shared.store.head(&head)? {
+                out.push(listed(&manifest, &meta(&head, &manifest)?));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Removes a snapshot; VMs started from it go on.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn remove_snapshot(&self, name: &str) -> Result<()> {
+        let (vm, tag) = split_snapshot(name)?;
+        if !self.shared.store.delete_head(&snapshot_head(vm, tag))? {
+            return Err(no_snapshot(name));
+        }
+        sweep::sweep(&self.shared)
+    }
+
+    fn snapshot(&self, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
+        let (vm, tag) = split_snapshot(name)?;
+        let head = snapshot_head(vm, tag);
+        let (manifest, _) = self.shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
+        let meta = meta(&head, &manifest)?;
+        Ok((manifest, meta))
+    }
+
+    /// Keeps a tag, or the next number, for one snapshot of `name`, until it is dropped; from the freeze on the tag
+    /// is on record. Of two that ask for one tag exactly one gets it.
+    fn reserve_tag(&self, name: &str, tag: Option<&str>) -> Result<Tagging<'_>> {
+        let mut tagging = self.shared.tagging.lock().expect("no holder panics");
+        let mut taken: BTreeSet<String> = tagging.clone();
+        let pending = self.shared.pending.lock().expect("no holder panics");
+        taken.extend(pending.values().filter_map(|r| Some(snapshot_head(&r.vm, r.tag.as_deref()?))));
+        drop(pending);
+        // After the list of those under way: one that leaves it is in the store by then.
+        taken.extend(self.shared.store.heads(&format!("snap/{name}@"))?);
+        let is_free = |tag: &String| !taken.contains(&snapshot_head(name, tag));
+        let tag = match tag {
+            Some(tag) => {
+                names::check_tag(tag)?;
+                Some(tag.to_owned()).filter(is_free).ok_or_else(|| {
+                    Error::Conflict(format!(
+                        "{name}@{tag} is there already; choose another --tag or `offshoot snapshot rm` it"
+                    ))
+                })?
+            }
+            None => (1..).map(|n: u32| n.to_string()).find(is_free).expect("numbers do not end"),
+        };
+        let head = snapshot_head(name, &tag);
+        tagging.insert(head.clone());
+        Ok(Tagging { shared: &self.shared, tag, head })
+    }
+
+    pub(crate) fn snapshot_record(
+        &self,
+        name: &str,
+        from: &str,
+        request: &RunRequest,
+        publish: Vec<Publish>,
+    ) -> Result<(VmRecord, Source)> {
+        if request.memory_bytes.is_some()
+            || request.cpus.is_some()
+            || request.accelerator.is_some()
+            || request.append.is_some()
+        {
+            return Err(Error::Invalid(format!(
+                "the machine of {from} is fixed: leave out --memory, --cpus, --accelerator and --append"
+            )));
+        }
+        let (manifest, meta) = self.snapshot(from)?;
+        let map = RamMap::decode(&meta.map).map_err(|reason| Error::Invalid(format!("{from}: {reason}")))?;
+        for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
+            self.ensure_ram(id, meta.shape.memory_bytes())?;
+        }
+        let disks: Vec<store::Version> =
+            meta.shape.disks.iter().filter_map(|d| manifest.versions.get(&d.id).copied()).collect();
+        let device_version = manifest.versions["device"];
+        let mut device_state = vec![0; device_version.size as usize];
+        self.shared.store.read_at(&device_version, 0, &mut device_state)?;
+        let record = VmRecord {
+            id: self.shared.home.new_id()?,
+            name: name.to_owned(),
+            created: record::now(),
+            origin: meta.origin.clone(),
+            parent: Some(from.to_owned()),
+            generation: meta.generation + 1,
+            overlays: meta.shape.disks.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?,
+            shape: meta.shape.clone(),
+            publish,
+            start_ram: Some(meta.id),
+            generation_id: new_uuid()?,
+            life: Life::Starting,
+        };
+        let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied()).collect();
+        self.pin(record.id, versions)?;
+        let dir = self.shared.home.vm_dir(record.id);
+        std::fs::create_dir_all(&dir).map_err(Error::io("make", &dir))?;
+        let device = dir.join("device");
+        std::fs::write(&device, device_state).map_err(Error::io("write", &device))?;
+        let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
+        let disks = disks.iter().map(ToString::to_string).collect();
+        Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks }))
+    }
+
+    /// Makes sure the mirror has the RAM file of a snapshot in the store.
+    fn ensure_ram(&self, id: u64, size: u64) -> Result<()> {
+        if self.shared.mirror.has_ram(id)? {
+            return Ok(());
+        }
+        let version = self.shared.versions.lock().expect("no holder panics").get(&id).copied();
+        let version = version.ok_or_else(|| Error::NotFound(format!("the store has no RAM {id:016x}")))?;
+        let mut map = RamMap::zero(size);
+        for range in self.shared.store.data_ranges(&version)? {
+            map.set(range, base::Source::File(RamFileId(id)));
+        }
+        self.shared.mirror.add_ram_committed(id, &map, &version.to_string())
+    }
+}
+
+fn split_snapshot(name: &str) -> Result<(&str, &str)> {
+    let bad = || Error::Invalid(format!("`{name}` names no snapshot; write VM@TAG, as in web@1"));
+    let (vm, tag) = name.split_once('@').ok_or_else(bad)?;
+    names::check("VM", vm)?;
+    names::check_tag(tag)?;
+    Ok((vm, tag))
+}
+
+pub(crate) fn snapshot_head(vm: &str, tag: &str) -> String {
+    format!("snap/{vm}@{tag}")
+}
+
+fn no_snapshot(name: &str) -> Error {
+    Error::NotFound(format!("no snapshot is named {name}; `offshoot snapshot ls` lists them"))
+}
+
+pub(crate) fn meta(head: &str, manifest: &store::Manifest) -> Result<SnapshotMeta> {
+    serde_json::from_str(&manifest.meta).map_err(|e| Error::Damaged { path: head.into(), reason: e.to_string() })
+}
+
+fn listed(manifest: &store::Manifest, meta: &SnapshotMeta) -> api::Snapshot {
+    let disks = meta.shape.disks.iter().filter_map(|d| manifest.versions.get(&d.id)).map(|v| v.size).sum();
+    api::Snapshot {
+        name: format!("{}@{}", meta.vm, meta.tag.as_deref().unwrap_or("-")),
+        created: meta.created.clone(),
+        memory_bytes: meta.shape.memory_bytes(),
+        disk_bytes: disks,
+        stored_bytes: meta.stored_bytes,
+        pause_ms: meta.pause_ms,
+        generation: meta.generation,
+    }
+}
+
+/// A tag kept for a snapshot under way.
+struct Tagging<'a> {
+    shared: &'a Shared,
+    tag: String,
+    head: String,
+}
+
+impl Drop for Tagging<'_> {
+    fn drop(&mut self) {
+        self.shared.tagging.lock().expect("no holder panics").remove(&self.head);
+    }
+}

@@ -1,0 +1,104 @@
+//! Giving back what nothing names: RAM files, disk views, and their content in the store.
+//!
+//! What is kept is found from the roots each time, never counted: VMs (the files their RAM maps, and what their
+//! next freeze builds upon), overlays (the view they stand on), freezes not yet stored, and tagged snapshots.
+
+use crate::error::Result;
+use crate::node::{PINS, Shared};
+use crate::snapshots::meta;
+use base::RamMap;
+use mirror::control::Below;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Removes what nothing names.
+pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
+    // Whoever makes objects holds this for reading until they can be reached from a root.
+    let _alone = shared.making.write().expect("no holder panics");
+    let objects = shared.mirror.list()?;
+    let stands_on: Vec<(u64, &Below)> = objects
+        .overlays
+        .iter()
+        .map(|o| (o.id, &o.below))
+        .chain(objects.views.iter().map(|v| (v.id, &v.below)))
+        .collect();
+    let pending: Vec<_> = {
+        let pending = shared.pending.lock().expect("no holder panics");
+        // Under the lock under which the committer removes them: it cannot miss this.
+        shared.sweep_again.store(!pending.is_empty(), Ordering::Release);
+        pending.values().cloned().collect()
+    };
+    let mut keep: BTreeSet<u64> = shared.blank_ids().into_iter().collect();
+    for vm in shared.vms() {
+        let view = vm.view();
+        keep.extend(view.ram_files);
+        keep.extend(view.record.overlays);
+    }
+    for record in &pending {
+        keep.insert(record.id);
+        keep.extend(&record.views);
+        keep.extend(record.base_ram);
+        keep.extend(RamMap::decode(&record.map).map(|m| files(&m)).unwrap_or_default());
+    }
+    for head in shared.store.heads("snap/")? {
+        if let Some((manifest, _)) = shared.store.head(&head)? {
+            let meta = meta(&head, &manifest)?;
+            keep.insert(meta.id);
+            keep.extend(RamMap::decode(&meta.map).map(|m| files(&m)).unwrap_or_default());
+        }
+    }
+    // What an overlay or a view that stays stands on stays.
+    loop {
+        let below: Vec<u64> = stands_on
+            .iter()
+            .filter(|(id, _)| keep.contains(id))
+            .filter_map(|(_, below)| match below {
+                Below::View(id) if !keep.contains(id) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        if below.is_empty() {
+            break;
+        }
+        keep.extend(below);
+    }
+    let all = objects.ram.iter().map(|r| r.id).chain(stands_on.iter().map(|(id, _)| *id));
+    let gone: Vec<u64> = all.filter(|id| !keep.contains(id)).collect();
+    if !gone.is_empty() {
+        shared.mirror.remove(&gone)?;
+    }
+    unpin(shared)?;
+    forget(shared, &keep)
+}
+
+/// Deletes the pins of VMs that are no more: a daemon that died may have pinned for one that it never recorded.
+fn unpin(shared: &Arc<Shared>) -> Result<()> {
+    let pins: BTreeSet<String> = shared.vms().iter().map(|vm| crate::node::pin_head(vm.id)).collect();
+    for head in shared.store.heads(PINS)?.into_iter().filter(|head| !pins.contains(head)) {
+        shared.store.delete_head(&head)?;
+    }
+    Ok(())
+}
+
+/// Deletes the heads of freezes of which neither RAM nor disks are kept, and collects what they alone named.
+fn forget(shared: &Arc<Shared>, keep: &BTreeSet<u64>) -> Result<()> {
+    for head in shared.store.heads("freeze/")? {
+        let Some((manifest, _)) = shared.store.head(&head)? else { continue };
+        let meta = meta(&head, &manifest)?;
+        if !keep.contains(&meta.id) && !meta.views.iter().any(|v| keep.contains(v)) {
+            shared.store.delete_head(&head)?;
+            let mut versions = shared.versions.lock().expect("no holder panics");
+            versions.remove(&meta.id);
+            for view in &meta.views {
+                versions.remove(view);
+            }
+        }
+    }
+    shared.store.collect()?;
+    Ok(())
+}
+
+fn files(map: &RamMap) -> Vec<u64> {
+    map.files().into_keys().map(|f| f.0).collect()
+}
