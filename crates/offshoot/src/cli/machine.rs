@@ -1,0 +1,101 @@
+//! Commands about the host and the node.
+
+use super::{Outcome, output};
+use api::{Check, Client, ClientError, NodeStats, VerifyReply};
+use base::units::human;
+use std::path::Path;
+
+/// Works without a daemon, and without starting one.
+pub(super) fn doctor(home: &Path, json: bool) -> Outcome {
+    let mut checks = node::doctor::examine(home);
+    let client = Client::new(&home.join("run/daemon.sock"))?;
+    let daemon = client.get::<api::Version>("/v1/version");
+    checks.push(Check {
+        name: "daemon".into(),
+        ok: daemon.is_ok(),
+        needed: false,
+        detail: match &daemon {
+            Ok(v) => format!("process {} of version {} answers for {}", v.pid, v.program, v.home),
+            Err(_) => "none runs; the next command starts one".into(),
+        },
+    });
+    if json {
+        output::json(&checks);
+    } else {
+        let mark = |c: &Check| {
+            if c.ok {
+                "ok"
+            } else if c.needed {
+                "MISSING"
+            } else {
+                "limited"
+            }
+            .to_owned()
+        };
+        let rows: Vec<Vec<String>> = checks.iter().map(|c| vec![mark(c), c.name.clone(), c.detail.clone()]).collect();
+        output::table(&["STATE", "WHAT", "FOUND"], &rows);
+    }
+    if checks.iter().any(|c| c.needed && !c.ok) {
+        return Err("something that is needed is missing".into());
+    }
+    Ok(())
+}
+
+/// Ends the daemon.
+pub(super) fn shutdown(home: &Path, stop: bool) -> Outcome {
+    let client = Client::new(&home.join("run/daemon.sock"))?;
+    let asked = client.post::<serde_json::Value>(&format!("/v1/shutdown?stop={stop}"), &());
+    match asked {
+        Ok(_) => {}
+        Err(ClientError::Unreachable { .. }) if !stop => {
+            eprintln!("no daemon runs for {}", home.display());
+            return Ok(());
+        }
+        Err(ClientError::Unreachable { .. }) => {
+            let client = super::connect::daemon(home)?;
+            client.post::<serde_json::Value>("/v1/shutdown?stop=true", &())?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    // It is over when the lock is free.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(120);
+    while crate::daemon::lock(home).is_err() {
+        if std::time::Instant::now() > end {
+            return Err("the daemon does not end; see its log".into());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Shows the node's counters.
+pub(super) fn stats(client: &Client, json: bool) -> Outcome {
+    let stats: NodeStats = client.get("/v1/stats")?;
+    if json {
+        output::json(&stats);
+    } else {
+        output::table(
+            &["RUNNING", "STORE LOGICAL", "STORE ON DISK"],
+            &[vec![stats.running.to_string(), human(stats.store_logical_bytes), human(stats.store_stored_bytes)]],
+        );
+    }
+    Ok(())
+}
+
+/// Checks the store.
+pub(super) fn verify(client: &Client, json: bool) -> Outcome {
+    let mut show = output::Show::new();
+    let reply: VerifyReply = client.post_long("/v1/verify", &(), |p| show.update(p))?;
+    drop(show);
+    if json {
+        output::json(&reply);
+    } else {
+        println!("{} blocks read and checked, {} faults", reply.blocks, reply.faults.len());
+        reply.faults.iter().for_each(|f| println!("{f}"));
+    }
+    if reply.faults.is_empty() {
+        Ok(())
+    } else {
+        Err("the store is damaged; what is named above cannot be read".into())
+    }
+}

@@ -1,0 +1,325 @@
+//! The command line: words, and what is done for each.
+
+mod connect;
+mod images;
+mod machine;
+mod output;
+mod vms;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Turns a running virtual machine into as many warm copies as you need.
+#[derive(Parser)]
+#[command(name = "offshoot", version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    after_help = "Start with:\n  offshoot image build\n  offshoot run debian --name web --publish 8080:80\n  offshoot fork web -n 8 --publish-base 9000\n  offshoot ps"
+)]
+struct Cli {
+    /// Directory that holds everything: images, snapshots, VMs
+    #[arg(long, global = true, env = "OFFSHOOT_HOME", default_value = "/var/lib/offshoot")]
+    home: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a VM from an image, or from a snapshot with --from
+    Run(RunArgs),
+    /// Copy a running VM, warm: RAM, disks and devices of one instant; it goes on
+    Fork(ForkArgs),
+    /// Take a snapshot of a running VM, or list, inspect and remove snapshots
+    #[command(args_conflicts_with_subcommands = true)]
+    Snapshot(SnapshotArgs),
+    /// List VMs
+    Ps(ListArgs),
+    /// Show everything about a VM
+    Inspect {
+        /// Name of the VM
+        name: String,
+    },
+    /// Show memory, fetches and CPU time of VMs
+    Stats {
+        /// Names of VMs; all that run where absent
+        names: Vec<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Show the node, its store and its mirror instead
+        #[arg(long, conflicts_with = "names")]
+        node: bool,
+    },
+    /// Print what a VM's console showed
+    Logs {
+        /// Name of the VM
+        name: String,
+        /// Go on printing as more comes
+        #[arg(short, long)]
+        follow: bool,
+        /// Print what its hypervisor said instead
+        #[arg(long)]
+        hypervisor: bool,
+    },
+    /// Use a VM's serial console; Ctrl-] leaves it
+    Console {
+        /// Name of the VM
+        name: String,
+    },
+    /// Power VMs down
+    Stop {
+        /// Names of VMs
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Seconds a guest gets to power down before it is ended
+        #[arg(short, long, default_value_t = 30)]
+        time: u64,
+    },
+    /// Remove VMs
+    Rm {
+        /// Names of VMs
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
+        /// End those that run
+        #[arg(short, long)]
+        force: bool,
+        /// All VMs
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+    },
+    /// Wait until VMs have ended, and say how
+    Wait {
+        /// Names of VMs
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Set how much memory a VM's guest may keep; the rest goes back to the host
+    Balloon {
+        /// Name of the VM
+        name: String,
+        /// Memory to keep, as in 256M
+        #[arg(value_parser = base::units::parse_size)]
+        memory: u64,
+    },
+    /// Build, import, list and remove images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Say what this host can do, and why
+    Doctor(ListArgs),
+    /// Read and check everything in the store
+    Verify(ListArgs),
+    /// Run the node daemon; other commands start it by themselves
+    Serve,
+    /// End the daemon; VMs run on unless --stop is given
+    Shutdown {
+        /// End every VM and unmount as well
+        #[arg(long)]
+        stop: bool,
+    },
+    /// Print a completion script for your shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The mirror process; the daemon starts it
+    #[command(hide = true)]
+    Mirror {
+        /// Take over the FUSE session whose descriptor is the standard input
+        #[arg(long)]
+        take_over: bool,
+    },
+}
+
+#[derive(Args)]
+struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// Image to boot
+    #[arg(required_unless_present = "from", conflicts_with = "from")]
+    image: Option<String>,
+    /// Snapshot to start from, as in web@1
+    #[arg(long)]
+    from: Option<String>,
+    /// Name of the VM; chosen where absent
+    #[arg(long)]
+    name: Option<String>,
+    /// Memory, as in 512M [default: 512M]
+    #[arg(short, long, value_parser = base::units::parse_size)]
+    memory: Option<u64>,
+    /// Virtual CPUs [default: 1]
+    #[arg(long)]
+    cpus: Option<u32>,
+    /// Publish a guest's TCP port: HOST:GUEST or ADDRESS:HOST:GUEST; on 127.0.0.1 unless an address is given
+    #[arg(short, long)]
+    publish: Vec<String>,
+    /// auto, kvm or tcg [default: auto]
+    #[arg(long)]
+    accelerator: Option<String>,
+    /// Add to the kernel command line
+    #[arg(long)]
+    append: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ForkArgs {
+    /// Name of the VM to copy
+    name: String,
+    /// How many copies
+    #[arg(short = 'n', long, default_value_t = 1)]
+    count: u32,
+    /// Copies are named PREFIX-1, PREFIX-2, … [default: the VM's name]
+    #[arg(long)]
+    name_prefix: Option<String>,
+    /// Publish the ports the VM publishes, from this host port on, copy by copy
+    #[arg(long)]
+    publish_base: Option<u16>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct SnapshotArgs {
+    #[command(subcommand)]
+    command: Option<SnapshotCommand>,
+    /// Name of the VM
+    #[arg(required = true)]
+    name: Option<String>,
+    /// Tag; the snapshot is named VM@TAG [default: the next number]
+    #[arg(long)]
+    tag: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum SnapshotCommand {
+    /// List snapshots
+    Ls(ListArgs),
+    /// Remove snapshots; VMs started from them run on
+    Rm {
+        /// Names, as in web@1
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+enum ImageCommand {
+    /// Build the default guest: Debian 12 with systemd, nginx and redis
+    Build {
+        /// Name of the image
+        #[arg(long, default_value = "debian")]
+        name: String,
+        /// Build it anew even where the cache has it
+        #[arg(long)]
+        force: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Import a raw or qcow2 disk, or a root file system as directory or tar
+    Import {
+        /// Disk, directory or archive
+        path: PathBuf,
+        /// Name of the image
+        #[arg(long)]
+        name: String,
+        /// Kernel, where not found inside
+        #[arg(long)]
+        kernel: Option<PathBuf>,
+        /// Initial RAM disk, where not found inside
+        #[arg(long)]
+        initrd: Option<PathBuf>,
+        /// Kernel command line
+        #[arg(long)]
+        cmdline: Option<String>,
+        /// Size of the disk made of a root file system, as in 4G
+        #[arg(long, value_parser = base::units::parse_size)]
+        size: Option<u64>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List images
+    Ls(ListArgs),
+    /// Show everything about an image
+    Inspect {
+        /// Name of the image
+        name: String,
+    },
+    /// Remove images; VMs booted from them run on
+    Rm {
+        /// Names of images
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// Parses the command line and does what it says.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("offshoot: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a command ends with when it fails: a message for a person.
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn run(cli: &Cli) -> Outcome {
+    match &cli.command {
+        Command::Serve => return crate::daemon::serve(&cli.home),
+        Command::Mirror { take_over } => return crate::daemon::mirror(&cli.home, *take_over),
+        Command::Completion { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "offshoot", &mut std::io::stdout());
+            return Ok(());
+        }
+        Command::Doctor(args) => return machine::doctor(&cli.home, args.json),
+        Command::Shutdown { stop } => return machine::shutdown(&cli.home, *stop),
+        _ => {}
+    }
+    let client = connect::daemon(&cli.home)?;
+    match &cli.command {
+        Command::Run(args) => vms::run(&client, args),
+        Command::Fork(args) => vms::fork(&client, args),
+        Command::Snapshot(args) => match &args.command {
+            None => vms::snapshot(&client, args.name.as_deref().unwrap_or_default(), args.tag.as_deref(), args.json),
+            Some(SnapshotCommand::Ls(list)) => vms::snapshots(&client, list.json),
+            Some(SnapshotCommand::Rm { names }) => vms::remove_snapshots(&client, names),
+        },
+        Command::Ps(args) => vms::ps(&client, args.json),
+        Command::Inspect { name } => vms::inspect(&client, name),
+        Command::Stats { json, node: true, .. } => machine::stats(&client, *json),
+        Command::Stats { names, json, .. } => vms::stats(&client, names, *json),
+        Command::Logs { name, follow, hypervisor } => vms::logs(&client, name, *follow, *hypervisor),
+        Command::Console { name } => vms::console(&client, name),
+        Command::Stop { names, time } => vms::stop(&client, names, *time),
+        Command::Rm { names, force, all } => vms::rm(&client, names, *force, *all),
+        Command::Wait { names } => vms::wait(&client, names),
+        Command::Balloon { name, memory } => vms::balloon(&client, name, *memory),
+        Command::Image(command) => images::image(&client, command),
+        Command::Verify(args) => machine::verify(&client, args.json),
+        Command::Serve
+        | Command::Mirror { .. }
+        | Command::Completion { .. }
+        | Command::Doctor(_)
+        | Command::Shutdown { .. } => {
+            unreachable!("done above, without a daemon")
+        }
+    }
+}
