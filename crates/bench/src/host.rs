@@ -1,0 +1,178 @@
+//! One home with its daemon, driven through the command line and the API.
+
+use crate::guest::Guest;
+use crate::{Failure, Outcome};
+use api::{BuildRequest, Client, ForkReply, ForkRequest, From, RunRequest, Vm};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Guest ports that every VM of the harness publishes, in this order.
+pub const PORTS: [u16; 2] = [80, 6379];
+
+/// A home and the program that serves it.
+pub struct Host {
+    /// The program.
+    pub program: PathBuf,
+    /// The home.
+    pub home: PathBuf,
+    /// A client of the daemon.
+    pub client: Client,
+}
+
+impl Host {
+    /// Starts the daemon of `home`, or finds it.
+    ///
+    /// # Errors
+    /// What the command line said.
+    pub fn open(program: &Path, home: &Path) -> Outcome<Self> {
+        let client = Client::new(&home.join("run/daemon.sock"))?;
+        let host = Self { program: program.to_owned(), home: home.to_owned(), client };
+        host.command(&["ps"])?;
+        Ok(host)
+    }
+
+    /// Runs a command line and returns what it printed.
+    ///
+    /// # Errors
+    /// What it said on stderr, where it failed.
+    pub fn command(&self, words: &[&str]) -> Outcome<String> {
+        let output = Command::new(&self.program).arg("--home").arg(&self.home).args(words).output()?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(format!("offshoot {}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr).trim()).into())
+    }
+
+    /// Makes sure the default guest is there.
+    ///
+    /// # Errors
+    /// What kept it from being built.
+    pub fn image(&self, say: &mut dyn FnMut(&str)) -> Outcome {
+        let images: Vec<api::Image> = self.client.get("/v1/images")?;
+        if images.iter().any(|i| i.name == "debian") {
+            return Ok(());
+        }
+        let mut last = String::new();
+        let request = BuildRequest { name: "debian".into(), force: false };
+        self.client.post_long::<api::Image>("/v1/images/build", &request, |p| {
+            if p.step != last {
+                last.clone_from(&p.step);
+                say(&p.step);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Boots the default guest.
+    ///
+    /// # Errors
+    /// What kept it from starting.
+    pub fn boot(&self, name: &str, memory_bytes: u64) -> Outcome<Guest> {
+        let base = free_ports(PORTS.len() as u16)?;
+        let publish = PORTS.iter().zip(base..).map(|(guest, host)| format!("127.0.0.1:{host}:{guest}")).collect();
+        let request = RunRequest {
+            name: Some(name.into()),
+            from: From::Image("debian".into()),
+            memory_bytes: Some(memory_bytes),
+            cpus: Some(1),
+            publish,
+            accelerator: None,
+            append: None,
+        };
+        let vm: Vm = self.client.post("/v1/vms", &request)?;
+        Guest::of(&vm.name, &vm.publish)
+    }
+
+    /// Starts a VM from a snapshot.
+    ///
+    /// # Errors
+    /// What kept it from starting.
+    pub fn restore(&self, name: &str, snapshot: &str) -> Outcome<Guest> {
+        let base = free_ports(PORTS.len() as u16)?;
+        let publish = PORTS.iter().zip(base..).map(|(guest, host)| format!("127.0.0.1:{host}:{guest}")).collect();
+        let request = RunRequest {
+            name: Some(name.into()),
+            from: From::Snapshot(snapshot.into()),
+            memory_bytes: None,
+            cpus: None,
+            publish,
+            accelerator: None,
+            append: None,
+        };
+        let vm: Vm = self.client.post("/v1/vms", &request)?;
+        Guest::of(&vm.name, &vm.publish)
+    }
+
+    /// Forks a VM; the reply and the offshoots.
+    ///
+    /// # Errors
+    /// What kept any of them from starting.
+    pub fn fork(&self, parent: &str, count: u32, prefix: &str, base: u16) -> Outcome<(ForkReply, Vec<Guest>)> {
+        let request = ForkRequest { count, name_prefix: Some(prefix.into()), publish_base: Some(base) };
+        let reply: ForkReply = self.client.post_long(&format!("/v1/vms/{parent}/fork"), &request, |_| {})?;
+        if let Some(failed) = reply.failed.first() {
+            return Err(format!("{}: {}", failed.name, failed.error.message).into());
+        }
+        let guests = reply.offshoots.iter().map(|o| Guest::of(&o.name, &o.publish)).collect::<Outcome<_>>()?;
+        Ok((reply, guests))
+    }
+
+    /// Removes a VM, running or not.
+    ///
+    /// # Errors
+    /// What the daemon said.
+    pub fn remove(&self, name: &str) -> Outcome {
+        self.client.delete::<serde_json::Value>(&format!("/v1/vms/{name}?force=true"))?;
+        Ok(())
+    }
+
+    /// Counters of a VM.
+    ///
+    /// # Errors
+    /// What the daemon said.
+    pub fn stats(&self, name: &str) -> Outcome<api::VmStats> {
+        Ok(self.client.get(&format!("/v1/vms/{name}/stats"))?)
+    }
+
+    /// Waits until nothing frozen of `name` is outside the store.
+    ///
+    /// # Errors
+    /// Where that takes longer than `limit`.
+    pub fn settle(&self, name: &str, limit: Duration) -> Outcome {
+        let end = Instant::now() + limit;
+        loop {
+            let detail: api::VmDetail = self.client.get(&format!("/v1/vms/{name}"))?;
+            if detail.pending.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(format!("{name} still has {} frozen after {limit:?}", detail.pending.join(", ")).into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends every VM, the daemon and the mirror.
+    ///
+    /// # Errors
+    /// What the command line said.
+    pub fn close(&self) -> Outcome {
+        self.command(&["shutdown", "--stop"]).map(|_| ())
+    }
+}
+
+/// The first of `count` ports in a row that are free now.
+///
+/// # Errors
+/// Where there are none.
+pub fn free_ports(count: u16) -> Outcome<u16> {
+    // Below the ephemeral range, from a place that differs between processes, so that test runs side by side differ.
+    let start = 10_000 + (std::process::id() % 1500) as u16 * 12;
+    let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+    (start..32_000)
+        .chain(10_000..start)
+        .find(|&p| (p..p + count).all(free))
+        .ok_or_else(|| Failure::from("no free ports"))
+}

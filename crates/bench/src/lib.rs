@@ -1,0 +1,19 @@
+//! Drives real guests from outside, as users and their clients do: the demo, the benchmarks and the tests of whole
+//! machines stand on it.
+//!
+//! Nothing here reaches into the product: VMs are made through the HTTP API or the command line, and looked at
+//! through their published ports and their consoles.
+
+pub mod demo;
+pub mod fork;
+pub mod frames;
+pub mod guest;
+pub mod host;
+pub mod limit;
+pub mod probe;
+pub mod report;
+
+/// What a run of the harness fails with.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+/// Result of the harness.
+pub type Outcome<T = ()> = Result<T, Failure>;

@@ -1,0 +1,54 @@
+//! `offshoot-bench`: the demo and the benchmarks.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let done = match words.first().map(String::as_str) {
+        Some("demo") => demo(),
+        Some("fork") => fork(),
+        _ => Err("usage: offshoot-bench demo|fork".into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("offshoot-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demo() -> bench::Outcome {
+    let target = target();
+    let keep = std::env::var_os("KEEP").is_some_and(|k| !k.is_empty() && k != "0");
+    bench::demo::run(&program()?, &home("demo-home"), &target.join("demo.json"), keep)
+}
+
+fn fork() -> bench::Outcome {
+    let target = target();
+    bench::fork::run(&program()?, &home("bench-home"), &target.join("bench/fork.json"))
+}
+
+/// The directory in which cargo builds: ours lies in `<target>/<profile>/`.
+fn target() -> PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    exe.ancestors().nth(2).map_or_else(|| PathBuf::from("target"), Path::to_path_buf)
+}
+
+/// Where a run keeps its home: beside what it builds, unless sockets below so long a path have no room for their
+/// names.
+fn home(name: &str) -> PathBuf {
+    const ROOM: usize = 64;
+    let beside = target().join(name);
+    if beside.as_os_str().len() <= ROOM { beside } else { std::env::temp_dir().join(format!("offshoot-{name}")) }
+}
+
+fn program() -> bench::Outcome<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name("offshoot");
+    if beside.is_file() {
+        Ok(beside)
+    } else {
+        Err(format!("{} is missing: `make build` first", beside.display()).into())
+    }
+}

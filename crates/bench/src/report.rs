@@ -1,0 +1,133 @@
+//! Figures: what was asked, what was measured, and how to measure it again.
+
+use crate::Outcome;
+use serde::Serialize;
+use std::path::Path;
+
+/// One figure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// Its name.
+    pub figure: String,
+    /// What was measured: the median of `runs`.
+    pub value: f64,
+    /// Its unit.
+    pub unit: String,
+    /// What was asked, where something was.
+    pub bar: Option<f64>,
+    /// How the value shall stand to the bar.
+    pub op: Option<&'static str>,
+    /// What it was compared with in the same run.
+    pub peer: Option<String>,
+    /// The peer's value.
+    pub peer_value: Option<f64>,
+    /// The repetitions.
+    pub runs: Vec<f64>,
+    /// The command that measures it.
+    pub command: String,
+}
+
+impl Figure {
+    /// A figure with the median of its repetitions.
+    #[must_use]
+    pub fn new(figure: &str, unit: &str, runs: Vec<f64>, command: &str) -> Self {
+        Self {
+            figure: figure.into(),
+            value: median(&runs),
+            unit: unit.into(),
+            bar: None,
+            op: None,
+            peer: None,
+            peer_value: None,
+            runs,
+            command: command.into(),
+        }
+    }
+
+    /// What was asked: `op` is `<=` or `>=`.
+    #[must_use]
+    pub fn asked(mut self, op: &'static str, bar: f64) -> Self {
+        (self.op, self.bar) = (Some(op), Some(bar));
+        self
+    }
+
+    /// What it was compared with.
+    #[must_use]
+    pub fn against(mut self, peer: &str, value: f64) -> Self {
+        (self.peer, self.peer_value) = (Some(peer.into()), Some(value));
+        self
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.op, self.bar) {
+            (Some("<="), Some(bar)) if self.value <= bar => "met",
+            (Some(">="), Some(bar)) if self.value >= bar => "met",
+            (Some(_), Some(_)) => "missed",
+            _ => "",
+        }
+    }
+}
+
+/// The middle of the values; of an even number the mean of the two in the middle.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+/// Writes figures as JSON and prints them as a table.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn write(path: &Path, figures: &[Figure]) -> Outcome {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    std::fs::write(path, serde_json::to_vec_pretty(figures)?)?;
+    println!(
+        "{:<28} {:>12} {:<6} {:>10}  {:<7} {:>12} {:>12}  peer",
+        "figure", "median", "unit", "asked", "", "least", "most"
+    );
+    for f in figures {
+        let asked = match (f.op, f.bar) {
+            (Some(op), Some(bar)) => format!("{op} {bar}"),
+            _ => "-".into(),
+        };
+        let least = f.runs.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = f.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let peer = match (&f.peer, f.peer_value) {
+            (Some(peer), Some(value)) => format!("{peer}: {value:.3}"),
+            (Some(peer), None) => peer.clone(),
+            _ => String::new(),
+        };
+        println!(
+            "{:<28} {:>12.4} {:<6} {:>10}  {:<7} {:>12.4} {:>12.4}  {peer}",
+            f.figure,
+            f.value,
+            f.unit,
+            asked,
+            f.verdict(),
+            least,
+            most
+        );
+    }
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
+        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+        assert!(median(&[]).is_nan());
+    }
+}
