@@ -43,6 +43,10 @@ pub const ENV_RAM_DIR: &str = "OFFSHOOT_RAM_DIR";
 pub const ENV_RAM_MAP: &str = "OFFSHOOT_RAM_MAP";
 /// Environment (optional): number of the descriptor of the mirror's FUSE session to keep.
 pub const ENV_FUSE: &str = "OFFSHOOT_FUSE_FD";
+/// Environment (optional): number of the reading end of a pipe, the *gate*. The hypervisor's first open of a file
+/// beside or below the directory of RAM files waits for one byte from it: so it can be started before what it
+/// starts from exists. The end of the pipe without a byte ends the hypervisor.
+pub const ENV_GATE: &str = "OFFSHOOT_GATE_FD";
 /// Name (`/proc/PID/comm`) of a holder process.
 pub const HOLDER_COMM: &str = "offshoot-hold";
 

@@ -258,7 +258,7 @@ fn path(dir: &Path, name: &str) -> String {
 }
 
 fn image(words: &[&str]) -> Outcome {
-    let done = Command::new("qemu-img").args(words).output()?;
+    let done = Command::new("qemu-img").args(words).output().map_err(|e| format!("qemu-img (`make setup`): {e}"))?;
     if done.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&done.stderr).trim().into()) }
 }
 

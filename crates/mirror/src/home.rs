@@ -190,6 +190,15 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     serde_json::from_slice(&bytes).map_err(|e| at(path, e.into()))
 }
 
+/// As [`read_json`]; a file that is not there, as in a fresh home, holds the default.
+pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(path: &Path) -> io::Result<T> {
+    match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| at(path, e.into())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+        Err(e) => Err(at(path, e)),
+    }
+}
+
 /// Makes the entries of the directory that holds `path` durable.
 pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()

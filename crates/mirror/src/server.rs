@@ -2,7 +2,7 @@
 
 use crate::control::{Hello, Queued, Reply, Request};
 use crate::core::Core;
-use crate::home::{Home, read_json, replace_json};
+use crate::home::{Home, read_json_or_default, replace_json};
 use base::ByteRange;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Serialize;
@@ -33,7 +33,7 @@ pub(crate) struct Server {
 impl Server {
     /// Opens the socket, in place of one left by an earlier mirror, and recalls the VMs that were registered.
     pub(crate) fn bind(core: Arc<Core>, home: Home) -> io::Result<(Arc<Self>, UnixListener)> {
-        let registered: HashMap<String, u32> = read_json(&vms_path(&home)).unwrap_or_default();
+        let registered: HashMap<String, u32> = read_json_or_default(&vms_path(&home)).unwrap_or_default();
         for (vm, pid) in registered {
             core.vms.register(&vm, pid);
         }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::home::Home;
 use crate::mirror_link::MirrorLink;
 use crate::record::{self, FreezeRecord, Life, Origin, VmRecord};
-use crate::vm::{self, Source, Vm};
+use crate::vm::{self, Source, Starting, Vm};
 use crate::{image, names, sweep};
 use api::{ForkReply, ForkRequest, From, Offshoot, RunRequest};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -183,7 +183,7 @@ impl Node {
             From::Image(image) => self.boot_record(&name, image, request, publish)?,
             From::Snapshot(snapshot) => self.snapshot_record(&name, snapshot, request, publish)?,
         };
-        let vm = self.launch(record, source, since)?.0;
+        let vm = self.launch(record, Starting::From(source), since)?.0;
         reserved.fill(&name, &vm);
         Ok(vm)
     }
@@ -241,12 +241,12 @@ impl Node {
     }
 
     /// Starts a VM under a name that is reserved.
-    fn launch(&self, record: VmRecord, source: Source, since: Instant) -> Result<(Arc<Vm>, Duration)> {
+    fn launch(&self, record: VmRecord, starting: Starting, since: Instant) -> Result<Started> {
         let dir = self.shared.home.vm_dir(record.id);
         let started = std::fs::create_dir_all(&dir)
             .map_err(Error::io("make", &dir))
             .and_then(|()| record.save(&dir))
-            .and_then(|()| vm::start(&self.shared, record.clone(), source, since));
+            .and_then(|()| vm::start(&self.shared, record.clone(), starting, since));
         if started.is_err() {
             self.clear(&record);
             log::warn!("{} did not start; what it left is removed", record.name);
@@ -281,10 +281,7 @@ impl Node {
         let ports: Vec<Vec<Publish>> =
             (0..request.count).map(|i| offshoot_ports(&published, request.publish_base, i)).collect::<Result<_>>()?;
         let _making = self.shared.making.read().expect("no holder panics");
-        progress("freezing", 0, u64::from(request.count));
-        let frozen = Arc::new(vm.freeze(None)?);
-        self.shared.pending.lock().expect("no holder panics").insert(frozen.record.id, frozen.record.clone());
-        let started = self.start_offshoots(parent, &frozen, &names, &ports, since, progress);
+        let (frozen, started) = self.freeze_and_start(&vm, &names, &ports, since, progress)?;
         let mut reply = ForkReply {
             pause_ms: frozen.record.pause_ms,
             pause_parts_ms: frozen.parts.clone(),
@@ -311,65 +308,80 @@ impl Node {
         Ok(reply)
     }
 
-    fn start_offshoots(
+    /// Freezes `vm` and starts an offshoot under each name. As many as the host has processors to spare have their
+    /// hypervisors started while the freeze is under way; more would only make the pause longer.
+    fn freeze_and_start(
         &self,
-        parent: &str,
-        frozen: &Arc<vm::Frozen>,
+        vm: &Vm,
         names: &[String],
         ports: &[Vec<Publish>],
         since: Instant,
         progress: &mut dyn FnMut(&str, u64, u64),
-    ) -> Vec<Result<(Arc<Vm>, Duration)>> {
-        let (done, finished) = std::sync::mpsc::channel();
+    ) -> Result<(Arc<vm::Frozen>, Vec<Result<Started>>)> {
         let total = names.len() as u64;
+        progress("freezing", 0, total);
+        let parent = vm.view().record;
+        let spare = std::thread::available_parallelism().map_or(0, |n| n.get() - 1);
+        let early = if matches!(parent.life, Life::Running { .. }) { spare } else { 0 };
+        let id = self.shared.home.new_id()?;
+        let records = names.iter().zip(ports).map(|(name, ports)| self.offshoot_record(&parent, id, name, ports));
+        let records = records.collect::<Result<Vec<VmRecord>>>()?;
+        let (done, finished) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            let threads: Vec<_> = names
-                .iter()
-                .zip(ports)
-                .map(|(name, ports)| {
-                    let done = done.clone();
-                    scope.spawn(move || {
-                        let outcome = self.start_offshoot(parent, frozen, name, ports, since);
-                        let _ = done.send(());
-                        outcome
-                    })
-                })
-                .collect();
+            let (mut waiting, mut threads) = (Vec::new(), Vec::new());
+            for (i, record) in records.into_iter().enumerate() {
+                let (frozen, coming) = std::sync::mpsc::sync_channel(1);
+                waiting.push(frozen);
+                let done = done.clone();
+                threads.push(scope.spawn(move || {
+                    let outcome = self.start_offshoot(record, coming, i < early, since);
+                    let _ = done.send(());
+                    outcome
+                }));
+            }
             drop(done);
+            // Those that wait learn of a failure from the end of their channels.
+            let frozen = Arc::new(vm.freeze(id, None)?);
+            self.shared.pending.lock().expect("no holder panics").insert(id, frozen.record.clone());
+            for offshoot in waiting {
+                let _ = offshoot.send(frozen.clone());
+            }
             let mut count = 0;
             progress("starting", count, total);
             while finished.recv().is_ok() {
                 count += 1;
                 progress("starting", count, total);
             }
-            threads.into_iter().map(|t| t.join().unwrap_or(Err(Error::ShuttingDown))).collect()
+            let started = threads.into_iter().map(|t| t.join().unwrap_or(Err(Error::ShuttingDown))).collect();
+            Ok((frozen, started))
         })
     }
 
-    fn start_offshoot(
-        &self,
-        parent: &str,
-        frozen: &Arc<vm::Frozen>,
-        name: &str,
-        ports: &[Publish],
-        since: Instant,
-    ) -> Result<(Arc<Vm>, Duration)> {
-        let from = &frozen.record;
-        let record = VmRecord {
+    fn offshoot_record(&self, parent: &VmRecord, freeze: u64, name: &str, ports: &[Publish]) -> Result<VmRecord> {
+        Ok(VmRecord {
             id: self.shared.home.new_id()?,
             name: name.to_owned(),
             created: record::now(),
-            origin: from.origin.clone(),
-            parent: Some(parent.to_owned()),
-            generation: from.generation + 1,
-            shape: from.shape.clone(),
+            origin: parent.origin.clone(),
+            parent: Some(parent.name.clone()),
+            generation: parent.generation + 1,
+            shape: parent.shape.clone(),
             publish: ports.to_vec(),
-            overlays: from.views.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?,
-            start_ram: Some(from.id),
+            overlays: parent.overlays.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?,
+            start_ram: Some(freeze),
             generation_id: new_uuid()?,
             life: Life::Starting,
+        })
+    }
+
+    fn start_offshoot(&self, record: VmRecord, coming: vm::Coming, early: bool, since: Instant) -> Result<Started> {
+        let starting = if early {
+            Starting::Meanwhile(coming)
+        } else {
+            let frozen = coming.recv().map_err(|_| Error::Conflict("the freeze failed".into()))?;
+            Starting::From(Source::Frozen(frozen))
         };
-        self.launch(record, Source::Frozen(frozen.clone()), since)
+        self.launch(record, starting, since)
     }
 
     /// Removes a VM: ends it where it runs and `force` is given.
@@ -463,6 +475,9 @@ impl Node {
         Ok(Reservation { shared: &self.shared, names })
     }
 }
+
+/// A VM and how long it took to run.
+type Started = (Arc<Vm>, Duration);
 
 /// Names kept for VMs under way; those not filled are free again when it is dropped.
 struct Reservation<'a> {

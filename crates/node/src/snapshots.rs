@@ -26,8 +26,8 @@ impl Node {
         progress("freezing", 0, 1);
         let id = {
             let _making = self.shared.making.read().expect("no holder panics");
-            let frozen = vm.freeze(Some(tag.clone()))?;
-            let id = frozen.record.id;
+            let id = self.shared.home.new_id()?;
+            let frozen = vm.freeze(id, Some(tag.clone()))?;
             self.shared.pending.lock().expect("no holder panics").insert(id, frozen.record);
             id
         };

@@ -11,7 +11,7 @@ use crate::holder;
 use crate::ram::Ram;
 use crate::sys;
 use base::ByteRange;
-use base::resident::{ENV_FUSE, ENV_RAM_DIR, ENV_RAM_MAP, ENV_RAM_PATH, ENV_SOCKET};
+use base::resident::{ENV_FUSE, ENV_GATE, ENV_RAM_DIR, ENV_RAM_MAP, ENV_RAM_PATH, ENV_SOCKET};
 use std::ffi::{CStr, OsString, c_char, c_int, c_void};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -24,9 +24,40 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 pub(crate) struct Config {
     pub(crate) socket: RawFd,
     pub(crate) fuse: Option<RawFd>,
+    gate: Option<Gate>,
     pub(crate) ram_dir: Option<PathBuf>,
     ram_path: Option<OsString>,
     ram_map: Option<PathBuf>,
+}
+
+/// What the hypervisor waits for before it opens the first of the mirror's files.
+#[derive(Debug)]
+struct Gate {
+    fd: RawFd,
+    /// The mirror's mount point: where RAM files and disks are.
+    below: PathBuf,
+    open: Mutex<bool>,
+}
+
+impl Gate {
+    /// Waits until the daemon lets the hypervisor have `path`; returns at once where it is no file of the mirror.
+    fn pass(&self, path: &[u8]) {
+        let below = self.below.as_os_str().as_bytes();
+        if !path.strip_prefix(below).is_some_and(|rest| rest.starts_with(b"/")) {
+            return;
+        }
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*open {
+            let mut byte = 0_u8;
+            // SAFETY: the buffer is one byte and lives through the call.
+            match unsafe { libc::syscall(libc::SYS_read, self.fd, &raw mut byte, 1_usize) } {
+                1 => *open = true,
+                0 => fail("what this machine was to start from did not come to be"),
+                _ if sys::errno() == libc::EINTR => {}
+                _ => fail(&format!("descriptor {} is not the gate it was said to be", self.fd)),
+            }
+        }
+    }
 }
 
 /// What the interposed functions and the control thread share.
@@ -58,7 +89,7 @@ static CONSTRUCTOR: extern "C" fn(c_int, *const *mut c_char, *const *const c_cha
 /// glibc passes `main`'s arguments to constructors.
 extern "C" fn construct(argc: c_int, argv: *const *mut c_char, _: *const *const c_char) {
     let Some(config) = Config::from_environment() else { return };
-    for fd in std::iter::once(config.socket).chain(config.fuse) {
+    for fd in [Some(config.socket), config.fuse, config.gate.as_ref().map(|g| g.fd)].into_iter().flatten() {
         // SAFETY: the call changes a flag of a descriptor that was handed to this library.
         if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
             fail(&format!("descriptor {fd} handed over in the environment is not open"));
@@ -113,11 +144,16 @@ impl Config {
             _ => fail(&format!("{name}={} is not the number of a descriptor", text.display())),
         };
         let (fuse, ram_path) = (variable(ENV_FUSE), variable(ENV_RAM_PATH));
-        let (ram_dir, ram_map) = (variable(ENV_RAM_DIR), variable(ENV_RAM_MAP));
+        let (ram_dir, ram_map) = (variable(ENV_RAM_DIR).map(PathBuf::from), variable(ENV_RAM_MAP));
+        let gate = variable(ENV_GATE).map(|text| match ram_dir.as_ref().and_then(|dir| dir.parent()) {
+            Some(below) => Gate { fd: number(ENV_GATE, &text), below: below.to_owned(), open: Mutex::new(false) },
+            None => fail(&format!("{ENV_GATE} is of no use without {ENV_RAM_DIR}")),
+        });
         Some(Self {
             socket: number(ENV_SOCKET, &socket),
             fuse: fuse.map(|text| number(ENV_FUSE, &text)),
-            ram_dir: ram_dir.map(PathBuf::from),
+            gate,
+            ram_dir,
             ram_path,
             ram_map: ram_map.map(PathBuf::from),
         })
@@ -142,11 +178,17 @@ fn variable(name: &str) -> Option<OsString> {
 /// # Safety
 /// `path` is what the caller of `open` passed: null or a C string.
 unsafe fn do_open(dir: c_int, path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int {
-    // SAFETY: a null path is left to the kernel to refuse; another is a C string by `open`'s contract.
-    let is_ram = CONFIG
-        .get()
-        .and_then(|c| c.ram_path.as_ref())
-        .is_some_and(|ram| !path.is_null() && unsafe { CStr::from_ptr(path) }.to_bytes() == ram.as_bytes());
+    let config = CONFIG.get();
+    let mut is_ram = false;
+    // A null path is left to the kernel to refuse.
+    if let Some(config) = config.filter(|_| !path.is_null()) {
+        // SAFETY: by `open`'s contract the path is a C string.
+        let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+        is_ram = config.ram_path.as_ref().is_some_and(|ram| path == ram.as_bytes());
+        if let Some(gate) = &config.gate {
+            gate.pass(path);
+        }
+    }
     let flags = if is_ram {
         // RAM files are never writable, and none is ever made here.
         flags & !(libc::O_ACCMODE | libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) | libc::O_RDONLY

@@ -3,7 +3,7 @@
 use super::{Admin, Description, Object, Objects};
 use crate::control::Below;
 use crate::disk::{Layer, Lower, Overlay, Pool, View};
-use crate::home::{Home, read_json, remove_if_there, replace_json};
+use crate::home::{Home, read_json, read_json_or_default, remove_if_there, replace_json};
 use crate::ram::RamObject;
 use crate::resolve::Versions;
 use base::RamMap;
@@ -42,7 +42,7 @@ impl Objects {
         if !doubtful {
             collect_leftovers(&home, &map)?;
         }
-        let deferred: BTreeSet<u64> = read_json(&home.live().join("deferred.json")).unwrap_or_default();
+        let deferred: BTreeSet<u64> = read_json_or_default(&home.live().join("deferred.json")).unwrap_or_default();
         let deferred = deferred.into_iter().filter(|id| map.contains_key(id)).collect();
         let pool = Arc::new(Pool::new(home.clone(), 1 + last_layer(&home, &found)?));
         let objects = Self { home, versions, pool, map: RwLock::new(map), admin: Mutex::new(Admin { deferred }) };

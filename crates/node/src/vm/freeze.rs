@@ -17,11 +17,10 @@ const PARTS: [&str; 5] = ["stop", "device", "ram", "disks", "continue"];
 impl Owner {
     /// Freezes the guest and lets it go on; what was frozen is registered with the mirror and on record, so that
     /// copies may start and any later daemon can bring it into the store.
-    pub(super) fn freeze(&mut self, tag: Option<String>) -> Result<Frozen> {
+    pub(super) fn freeze(&mut self, id: u64, tag: Option<String>) -> Result<Frozen> {
         self.refuse_if_waiting()?;
         let shared = self.shared.clone();
         let overlays = self.record.overlays.clone();
-        let id = shared.home.new_id()?;
         let views = overlays.iter().map(|_| shared.home.new_id()).collect::<Result<Vec<u64>>>()?;
         for &overlay in &overlays {
             shared.mirror.flush(overlay)?;

@@ -7,10 +7,13 @@ use crate::record::{Life, VmRecord};
 use base::{RamFileId, RamMap};
 use mirror::control::Below;
 use std::fs::File;
-use std::os::fd::AsFd;
+use rustix::pipe::PipeFlags;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use vmm::passt;
+use vmm::process::ProcessId;
 use vmm::qemu::{self, Files, Launch, Qemu, Start};
 
 /// What a VM starts from.
@@ -35,6 +38,17 @@ pub enum Source {
     },
 }
 
+/// What is to become a [`Source`], or none where the freeze failed.
+pub type Coming = Receiver<Arc<Frozen>>;
+
+/// How a VM comes to what it starts from.
+pub enum Starting {
+    /// It is there.
+    From(Source),
+    /// The machine is being frozen: the hypervisor is started meanwhile, and waits.
+    Meanwhile(Coming),
+}
+
 impl Source {
     /// The RAM the VM starts with: its map, and the file that equals it.
     pub(super) fn ram(&self, record: &VmRecord) -> (RamMap, Option<RamFileId>) {
@@ -46,35 +60,31 @@ impl Source {
     }
 }
 
-/// Brings `record`'s hypervisor up to a running guest; its record says `Running` then. On failure nothing of it is
-/// left but its directory.
-pub(super) fn launch(
-    shared: &Arc<Shared>,
-    record: &mut VmRecord,
-    source: &Source,
-    wake: impl Fn() + Send + 'static,
-) -> Result<Qemu> {
+/// A hypervisor under way that has not got to its RAM and disks; ends when it is dropped.
+pub(super) struct Shell<'a> {
+    undo: Undo<'a>,
+    hypervisor: ProcessId,
+    helper: ProcessId,
+    /// The end of its gate that lets it in, where it stands before one.
+    gate: Option<OwnedFd>,
+}
+
+/// Starts the hypervisor and the network helper of `record`. Where `gated`, what it starts from need not be there
+/// yet: that comes with [`launch`].
+pub(super) fn spawn<'a>(shared: &'a Arc<Shared>, record: &VmRecord, start: Start<'_>, gated: bool) -> Result<Shell<'a>> {
     let dir = shared.home.vm_dir(record.id);
     let mut undo = Undo { shared, record: record.clone(), processes: Vec::new(), keep: false };
-    let mut laps = Laps::new();
-    add_overlays(shared, record, source)?;
-    laps.lap("disks");
-    let (map, _) = source.ram(record);
-    let map_file = dir.join("ram.map");
-    crate::home::write_atomically(&map_file, map.encode().as_bytes(), false)?;
     let files = Files { dir: dir.clone() };
     let (net, helper_end) = passt::pair(&record.shape.nic.mac).map_err(Error::io("make the network of", &dir))?;
     let blank = shared.home.ram_file(shared.blank_ram(record.shape.memory_bytes())?);
     let disks: Vec<PathBuf> = record.overlays.iter().map(|&id| shared.home.disk_file(id)).collect();
     let disks: Vec<&Path> = disks.iter().map(PathBuf::as_path).collect();
     let fuse = shared.mirror.fuse()?;
-    let start = match source {
-        Source::Boot(_) | Source::Reboot => Start::Boot {
-            kernel: &record.origin.kernel,
-            initrd: record.origin.initrd.as_deref(),
-            cmdline: &record.origin.cmdline,
-        },
-        Source::Frozen(_) | Source::Snapshot { .. } => Start::Incoming,
+    let (wait, gate) = match gated {
+        true => rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map(|(wait, gate)| (Some(wait), Some(gate)))
+            .map_err(|e| Error::io("make a pipe for", &dir)(e.into()))?,
+        false => (None, None),
     };
     let hypervisor = qemu::spawn(
         &record.shape,
@@ -84,22 +94,61 @@ pub(super) fn launch(
             library: &shared.library,
             ram_dir: &shared.home.path("mnt/ram"),
             ram_path: &blank,
-            ram_map: Some(&map_file),
+            ram_map: Some(&map_file(&dir)),
             disks: &disks,
             net: net.as_fd(),
             fuse: fuse.as_fd(),
             generation_id: &record.generation_id,
             start,
+            gate: wait.as_ref().map(AsFd::as_fd),
         },
     )?;
     undo.processes.push(hypervisor);
-    laps.lap("spawn");
     // In the shadow of the hypervisor's own start.
     let helper = passt::start(&helper_end, &record.publish, &files.passt_log())?;
     undo.processes.push(helper);
     // The ends live in the two processes alone: either learns of the other's death.
     drop((net, helper_end));
-    laps.lap("network");
+    Ok(Shell { undo, hypervisor, helper, gate })
+}
+
+fn map_file(dir: &Path) -> PathBuf {
+    dir.join("ram.map")
+}
+
+/// Brings `record`'s hypervisor up to a running guest, that of `shell` where there is one already; its record says
+/// `Running` then. On failure nothing of it is left but its directory.
+pub(super) fn launch(
+    shared: &Arc<Shared>,
+    record: &mut VmRecord,
+    source: &Source,
+    shell: Option<Shell<'_>>,
+    wake: impl Fn() + Send + 'static,
+) -> Result<Qemu> {
+    let dir = shared.home.vm_dir(record.id);
+    let files = Files { dir: dir.clone() };
+    let mut laps = Laps::new();
+    add_overlays(shared, record, source)?;
+    laps.lap("disks");
+    let (map, _) = source.ram(record);
+    crate::home::write_atomically(&map_file(&dir), map.encode().as_bytes(), false)?;
+    let start = match source {
+        Source::Boot(_) | Source::Reboot => Start::Boot {
+            kernel: &record.origin.kernel,
+            initrd: record.origin.initrd.as_deref(),
+            cmdline: &record.origin.cmdline,
+        },
+        Source::Frozen(_) | Source::Snapshot { .. } => Start::Incoming,
+    };
+    let Shell { mut undo, hypervisor, helper, gate } = match shell {
+        Some(shell) => shell,
+        None => spawn(shared, record, start, false)?,
+    };
+    if let Some(gate) = gate {
+        // One that is gone already is found out by what follows, with its last words.
+        let _ = rustix::io::write(gate, b"+");
+    }
+    laps.lap("spawn");
     shared.mirror.register_vm(&record.name, hypervisor.pid)?;
     let mut qemu = Qemu::connect(hypervisor, &files, wake)?;
     laps.lap("connect");
@@ -156,7 +205,7 @@ fn add_overlays(shared: &Arc<Shared>, record: &VmRecord, source: &Source) -> Res
 struct Undo<'a> {
     shared: &'a Arc<Shared>,
     record: VmRecord,
-    processes: Vec<vmm::process::ProcessId>,
+    processes: Vec<ProcessId>,
     keep: bool,
 }
 

@@ -11,7 +11,7 @@ mod freeze;
 mod launch;
 mod owner;
 
-pub use launch::Source;
+pub use launch::{Coming, Source, Starting};
 pub use owner::adopt;
 pub use owner::{keep_stopped, start};
 
@@ -39,8 +39,8 @@ pub struct Frozen {
 
 /// What the owner is asked.
 pub(crate) enum Message {
-    /// Freeze for a fork or snapshot; the tag goes into the record.
-    Freeze { tag: Option<String>, reply: SyncSender<Result<Frozen>> },
+    /// Freeze for a fork or snapshot under this id; the tag goes into the record.
+    Freeze { id: u64, tag: Option<String>, reply: SyncSender<Result<Frozen>> },
     /// Power down within the grace, else end.
     Stop { grace: Duration, reply: SyncSender<Result<()>> },
     /// Set the balloon.
@@ -110,12 +110,12 @@ impl Vm {
         self.changed.notify_all();
     }
 
-    /// Freezes it.
+    /// Freezes it, under an id that is nobody's yet.
     ///
     /// # Errors
     /// What the owner met; the guest goes on.
-    pub fn freeze(&self, tag: Option<String>) -> Result<Frozen> {
-        self.ask(|reply| Message::Freeze { tag, reply })
+    pub fn freeze(&self, id: u64, tag: Option<String>) -> Result<Frozen> {
+        self.ask(|reply| Message::Freeze { id, tag, reply })
     }
 
     /// Powers it down, or ends it.

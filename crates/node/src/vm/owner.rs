@@ -1,6 +1,6 @@
 //! The thread that owns a VM.
 
-use super::launch::{self, Source};
+use super::launch::{self, Shell, Source, Starting};
 use super::{Message, RamPlace, Vm};
 use crate::error::{Error, Result};
 use crate::node::Shared;
@@ -54,26 +54,27 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What kept it from starting; nothing of it is left but its directory, which the caller removes.
-pub fn start(shared: &Arc<Shared>, record: VmRecord, source: Source, since: Instant) -> Result<(Arc<Vm>, Duration)> {
+pub fn start(
+    shared: &Arc<Shared>,
+    record: VmRecord,
+    starting: Starting,
+    since: Instant,
+) -> Result<(Arc<Vm>, Duration)> {
     let (tx, rx) = channel();
     let vm = Arc::new(Vm::new(record.clone(), tx.clone()));
     let (ready, started) = sync_channel(1);
     let (shared, made) = (shared.clone(), vm.clone());
     std::thread::Builder::new()
         .name(format!("vm-{}", record.name))
-        .spawn(move || {
-            let (start_map, equals) = source.ram(&record);
-            let mut owner = Owner::new(shared, record, start_map, equals, vm, tx);
-            match owner.launch(&source) {
-                Ok(()) => {
-                    let took = since.elapsed();
-                    owner.publish_view();
-                    let _ = ready.send(Ok(took));
-                    owner.run(&rx);
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
+        .spawn(move || match Owner::launched(&shared, record, starting, vm, tx) {
+            Ok(mut owner) => {
+                let took = since.elapsed();
+                owner.publish_view();
+                let _ = ready.send(Ok(took));
+                owner.run(&rx);
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
             }
         })
         .map_err(Error::io("start a thread for", "a VM"))?;
@@ -177,8 +178,29 @@ impl Owner {
         self.qemu.as_mut().ok_or_else(|| Error::Conflict(format!("{name} is not running")))
     }
 
-    fn launch(&mut self, source: &Source) -> Result<()> {
-        let qemu = launch::launch(&self.shared, &mut self.record, source, waker(self.tx.clone()))?;
+    fn launched(
+        shared: &Arc<Shared>,
+        record: VmRecord,
+        starting: Starting,
+        vm: Arc<Vm>,
+        tx: Sender<Message>,
+    ) -> Result<Self> {
+        let (source, shell) = match starting {
+            Starting::From(source) => (source, None),
+            Starting::Meanwhile(coming) => {
+                let shell = launch::spawn(shared, &record, vmm::qemu::Start::Incoming, true)?;
+                let frozen = coming.recv().map_err(|_| Error::Conflict("the freeze failed".into()))?;
+                (Source::Frozen(frozen), Some(shell))
+            }
+        };
+        let (start_map, equals) = source.ram(&record);
+        let mut owner = Self::new(shared.clone(), record, start_map, equals, vm, tx);
+        owner.launch(&source, shell)?;
+        Ok(owner)
+    }
+
+    fn launch(&mut self, source: &Source, shell: Option<Shell<'_>>) -> Result<()> {
+        let qemu = launch::launch(&self.shared, &mut self.record, source, shell, waker(self.tx.clone()))?;
         let process = qemu.process;
         self.qemu = Some(qemu);
         self.watch_end(process)
@@ -221,7 +243,7 @@ impl Owner {
                 self.kill_at.map_or(Duration::from_secs(3600), |at| at.saturating_duration_since(Instant::now()));
             let limit = if self.halted.is_some() { kill.min(LOOK) } else { kill };
             match rx.recv_timeout(limit) {
-                Ok(Message::Freeze { tag, reply }) => drop(reply.send(self.freeze(tag))),
+                Ok(Message::Freeze { id, tag, reply }) => drop(reply.send(self.freeze(id, tag))),
                 Ok(Message::Stop { grace, reply }) => self.stop(grace, reply),
                 Ok(Message::Balloon { bytes, reply }) => {
                     drop(reply.send(self.qemu().and_then(|q| Ok(q.balloon(bytes)?))));
@@ -362,7 +384,7 @@ impl Owner {
             self.start_map = RamMap::zero(self.record.shape.memory_bytes());
             self.map = self.start_map.clone();
             (self.equals, self.record.start_ram, self.full) = (None, None, false);
-            match self.launch(&Source::Reboot) {
+            match self.launch(&Source::Reboot, None) {
                 Ok(()) => {
                     self.publish_view();
                     return false;

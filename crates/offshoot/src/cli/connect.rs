@@ -24,13 +24,14 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
     command.arg("--home").arg(home).arg("serve");
     let end = Instant::now() + LIMIT;
     // One that is just ending must be gone first, or ours would give way to it.
-    while held(home) && Instant::now() < end {
+    while crate::daemon::held(home) && Instant::now() < end {
         if client.get::<api::Version>("/v1/version").is_ok() {
             return Ok(client);
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    let child = vmm::process::spawn(&command, &[], None, &log_path)?;
+    let mut starts = 1;
+    let mut child = vmm::process::spawn(&command, &[], None, &log_path)?;
     loop {
         std::thread::sleep(Duration::from_millis(5));
         match client.get::<api::Version>("/v1/version") {
@@ -40,9 +41,14 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
             Err(error) => return Err(error.into()),
         }
         // Another command may have started one at the same time: ours then ends, and theirs answers soon.
-        if !child.alive() && client.get::<api::Version>("/v1/version").is_err() && !held(home) {
-            let words = vmm::process::last_words(&log_path);
-            return Err(format!("the daemon ended at start: {words}").into());
+        if !child.alive() && client.get::<api::Version>("/v1/version").is_err() && !crate::daemon::held(home) {
+            // Theirs may have ended since; the next one is ours, unless something is wrong.
+            if starts == 3 {
+                let words = vmm::process::last_words(&log_path);
+                return Err(format!("the daemon ended at start: {words}").into());
+            }
+            starts += 1;
+            child = vmm::process::spawn(&command, &[], None, &log_path)?;
         }
     }
 }
@@ -50,9 +56,4 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
 /// Whether no daemon answers: none is there, or one that is just ending hung up.
 fn absent(error: &ClientError) -> bool {
     matches!(error, ClientError::Unreachable { .. } | ClientError::Broken { .. })
-}
-
-/// Whether some daemon holds the lock of `home`.
-fn held(home: &Path) -> bool {
-    crate::daemon::lock(home).is_err()
 }

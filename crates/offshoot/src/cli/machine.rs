@@ -44,6 +44,8 @@ pub(super) fn doctor(home: &Path, json: bool) -> Outcome {
 /// Ends the daemon.
 pub(super) fn shutdown(home: &Path, stop: bool) -> Outcome {
     let client = Client::new(&home.join("run/daemon.sock"))?;
+    let answering = || client.get::<api::Version>("/v1/version").ok().map(|version| version.pid);
+    let before = answering();
     let asked = client.post::<serde_json::Value>(&format!("/v1/shutdown?stop={stop}"), &());
     match asked {
         Ok(_) => {}
@@ -57,9 +59,9 @@ pub(super) fn shutdown(home: &Path, stop: bool) -> Outcome {
         }
         Err(error) => return Err(error.into()),
     }
-    // It is over when the lock is free.
+    // It is over when the lock is free, or when another command has started the next daemon meanwhile.
     let end = std::time::Instant::now() + std::time::Duration::from_secs(120);
-    while crate::daemon::lock(home).is_err() {
+    while crate::daemon::held(home) && (before.is_none() || answering().is_none_or(|pid| Some(pid) == before)) {
         if std::time::Instant::now() > end {
             return Err("the daemon does not end; see its log".into());
         }

@@ -26,31 +26,39 @@ pub(crate) struct Daemon {
     shutdown: tokio::sync::Notify,
 }
 
-/// Takes the lock that one daemon of a home holds; it is free again when the file is dropped.
-pub(crate) fn lock(home: &Path) -> Result<File, String> {
+/// The lock that one daemon of a home holds; it is free again when the file is dropped.
+fn lock_file(home: &Path) -> Result<File, String> {
     let path = home.join("run/daemon.lock");
-    let file = File::options()
+    File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .mode(0o600)
         .open(&path)
-        .map_err(|e| format!("open {}: {e}", path.display()))?;
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| format!("another daemon runs for {}", home.display()))?;
-    Ok(file)
+        .map_err(|e| format!("open {}: {e}", path.display()))
 }
 
-/// As [`lock`], but commands that only ask whether a daemon holds it take it for a moment: those are waited for.
-fn lock_patiently(home: &Path) -> Result<File, String> {
-    let mut tries = 0;
-    loop {
-        match lock(home) {
-            Err(_) if tries < 20 => tries += 1,
-            done => return done,
+/// Whether some daemon holds the lock of `home`. Whoever asks shares the lock for a moment, which only a daemon's
+/// own hold of it refuses: many may ask at once, and are not taken for a daemon.
+pub(crate) fn held(home: &Path) -> bool {
+    let shared = |file: &File| rustix::fs::flock(file, FlockOperation::NonBlockingLockShared).is_ok();
+    !lock_file(home).is_ok_and(|file| shared(&file))
+}
+
+/// Takes the lock. Those who ask whether it is [`held`] are waited for; a daemon that holds it is not, or this one
+/// would come to serve when that one has just been told to end.
+fn lock(home: &Path) -> Result<File, String> {
+    let file = lock_file(home)?;
+    for _ in 0..1000 {
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return Ok(file);
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        if held(home) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
+    Err(format!("another daemon runs for {}", home.display()))
 }
 
 /// Each VM takes some descriptors, each pack of the store one: the usual limit of 1024 would end at some hundred VMs.
@@ -67,7 +75,7 @@ pub(crate) fn serve(home: &Path) -> Result<(), Box<dyn std::error::Error>> {
     log_to_stderr();
     raise_descriptor_limit();
     let directories = Home::open(home)?;
-    let _lock = lock_patiently(directories.root())?;
+    let _lock = lock(directories.root())?;
     let socket = directories.daemon_socket();
     let library = install_library(&directories)?;
     let root = directories.root().to_owned();

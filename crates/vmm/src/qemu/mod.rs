@@ -92,6 +92,8 @@ pub struct Launch<'a> {
     pub generation_id: &'a str,
     /// How it comes to life.
     pub start: Start<'a>,
+    /// The gate it waits at before it opens RAM and disks, which need not be there until then.
+    pub gate: Option<BorrowedFd<'a>>,
 }
 
 /// A running QEMU and the connections to it.
@@ -153,7 +155,11 @@ pub fn spawn(shape: &MachineShape, launch: &Launch<'_>) -> Result<ProcessId, Err
     if let Some(map) = launch.ram_map {
         command.env(base::resident::ENV_RAM_MAP, map);
     }
-    let pass = [qmp.as_fd(), resident.as_fd(), console.as_fd(), launch.net, launch.fuse];
+    let mut pass = vec![qmp.as_fd(), resident.as_fd(), console.as_fd(), launch.net, launch.fuse];
+    if let Some(gate) = launch.gate {
+        command.env(base::resident::ENV_GATE, gate.as_raw_fd().to_string());
+        pass.push(gate);
+    }
     process::spawn(&command, &pass, None, &files.hypervisor_log())
 }
 
