@@ -75,6 +75,31 @@ impl store::BlockSource for ProcessMemory {
     }
 }
 
+/// Lets all threads of process `pid`, and those they start, run only when nobody else wants the processor (sched(7),
+/// `SCHED_IDLE`), or takes that back. Only root may take it back, so for others nothing is done at all.
+pub fn give_way(pid: u32, give: bool) {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let param = libc::sched_param { sched_priority: 0 };
+    let policy = if give { libc::SCHED_IDLE } else { libc::SCHED_OTHER };
+    let mut done = std::collections::BTreeSet::new();
+    // A thread that starts meanwhile may come from one that was not reached yet.
+    loop {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let tasks: Vec<libc::pid_t> = tasks.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+        let new: Vec<_> = tasks.into_iter().filter(|task| done.insert(*task)).collect();
+        if new.is_empty() {
+            return;
+        }
+        for task in new {
+            // SAFETY: the call takes a number and a structure that lives through it; a thread that is gone is an
+            // error that needs no handling.
+            unsafe { libc::sched_setscheduler(task, policy, &raw const param) };
+        }
+    }
+}
+
 /// Lets the calling thread, and those it starts, run only when nobody else wants the processor (sched(7),
 /// `SCHED_IDLE`): what runs behind the backs of guests must not slow their start.
 pub fn lowest_priority() {

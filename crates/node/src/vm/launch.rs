@@ -4,6 +4,7 @@ use super::Frozen;
 use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::record::{Life, VmRecord};
+use crate::sys;
 use base::{RamFileId, RamMap};
 use mirror::control::Below;
 use std::fs::File;
@@ -104,6 +105,10 @@ pub(super) fn spawn<'a>(shared: &'a Arc<Shared>, record: &VmRecord, start: Start
         },
     )?;
     undo.processes.push(hypervisor);
+    if gated {
+        // The freeze that it waits for must not be slower for it.
+        sys::give_way(hypervisor.pid, true);
+    }
     // In the shadow of the hypervisor's own start.
     let helper = passt::start(&helper_end, &record.publish, &files.passt_log())?;
     undo.processes.push(helper);
@@ -145,6 +150,7 @@ pub(super) fn launch(
         None => spawn(shared, record, start, false)?,
     };
     if let Some(gate) = gate {
+        sys::give_way(hypervisor.pid, false);
         // One that is gone already is found out by what follows, with its last words.
         let _ = rustix::io::write(gate, b"+");
     }
