@@ -13,6 +13,7 @@ use crate::record::{FreezeRecord, SnapshotMeta};
 use crate::snapshots::{self, snapshot_head};
 use crate::sys::{self, ProcessMemory};
 use base::ByteRange;
+use mirror::control::Below;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -203,17 +204,7 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
     versions.insert(record.shape.ram[0].id.clone(), ram);
     let mut views = Vec::new();
     for (disk, &view) in record.shape.disks.iter().zip(&record.views) {
-        let info = shared.mirror.view(view)?;
-        let base = match &info.below {
-            mirror::control::Below::Version(version) => version
-                .parse()
-                .map_err(|_| Error::Mirror(format!("view {view:016x} stands on `{version}`, which is no version")))?,
-            mirror::control::Below::View(id) => known(shared, *id)?,
-            mirror::control::Below::Zero => shared.store.empty(disk.bytes, disk.block_bytes),
-        };
-        let source = FileSource(File::open(&info.data_path).map_err(Error::io("open", &info.data_path))?);
-        let ranges = |list: &[(u64, u64)]| list.iter().map(|&(s, e)| ByteRange::new(s, e)).collect::<Vec<_>>();
-        let version = changed(&transaction, &base, &ranges(&info.dirty), &ranges(&info.zeroed), &source, &report)?;
+        let version = disk_version(shared, &transaction, disk, view, &report)?;
         versions.insert(disk.id.clone(), version);
         views.push((view, version));
     }
@@ -233,6 +224,44 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
         shared.sweep_again.store(true, Ordering::Release);
     }
     Ok(())
+}
+
+/// Brings a view of a disk into the store. What it stands on is there already, or is a view that belongs to no
+/// snapshot: the freeze failed after the disks were marked. Changes of those are this snapshot's own.
+fn disk_version(
+    shared: &Shared,
+    transaction: &store::Transaction<'_>,
+    disk: &vmm::shape::DiskShape,
+    view: u64,
+    report: &(dyn Fn(u64, u64) + Sync),
+) -> Result<Version> {
+    let mut layers = vec![shared.mirror.view(view)?];
+    let mut version = loop {
+        match &layers.last().expect("one at least").below {
+            Below::Version(version) => {
+                break version.parse().map_err(|_| {
+                    Error::Mirror(format!("view {view:016x} stands on `{version}`, which is no version"))
+                })?;
+            }
+            Below::Zero => break shared.store.empty(disk.bytes, disk.block_bytes),
+            Below::View(id) => match known(shared, *id) {
+                Ok(version) => break version,
+                Err(error) if awaited(shared, *id) => return Err(error),
+                Err(_) => layers.push(shared.mirror.view(*id)?),
+            },
+        }
+    };
+    for layer in layers.iter().rev() {
+        let source = FileSource(File::open(&layer.data_path).map_err(Error::io("open", &layer.data_path))?);
+        let ranges = |list: &[(u64, u64)]| list.iter().map(|&(s, e)| ByteRange::new(s, e)).collect::<Vec<_>>();
+        version = changed(transaction, &version, &ranges(&layer.dirty), &ranges(&layer.zeroed), &source, report)?;
+    }
+    Ok(version)
+}
+
+/// Whether a snapshot that is still to be stored brings this view.
+fn awaited(shared: &Shared, view: u64) -> bool {
+    shared.pending.lock().expect("no holder panics").values().any(|record| record.views.contains(&view))
 }
 
 /// The snapshot is in the store and the mirror knows: what held it until now may go.
@@ -291,7 +320,7 @@ fn is_ours(shared: &Arc<Shared>, head: &str, id: u64) -> Result<bool> {
     })
 }
 
-fn known(shared: &Arc<Shared>, id: u64) -> Result<Version> {
+fn known(shared: &Shared, id: u64) -> Result<Version> {
     let version = shared.versions.lock().expect("no holder panics").get(&id).copied();
     version.ok_or_else(|| Error::NotFound(format!("{id:016x}, on which this snapshot builds, is not in the store")))
 }

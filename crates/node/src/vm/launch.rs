@@ -7,8 +7,8 @@ use crate::record::{Life, VmRecord};
 use crate::sys;
 use base::{RamFileId, RamMap};
 use mirror::control::Below;
-use std::fs::File;
 use rustix::pipe::PipeFlags;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,7 +72,12 @@ pub(super) struct Shell<'a> {
 
 /// Starts the hypervisor and the network helper of `record`. Where `gated`, what it starts from need not be there
 /// yet: that comes with [`launch`].
-pub(super) fn spawn<'a>(shared: &'a Arc<Shared>, record: &VmRecord, start: Start<'_>, gated: bool) -> Result<Shell<'a>> {
+pub(super) fn spawn<'a>(
+    shared: &'a Arc<Shared>,
+    record: &VmRecord,
+    start: Start<'_>,
+    gated: bool,
+) -> Result<Shell<'a>> {
     let dir = shared.home.vm_dir(record.id);
     let mut undo = Undo { shared, record: record.clone(), processes: Vec::new(), keep: false };
     let files = Files { dir: dir.clone() };
