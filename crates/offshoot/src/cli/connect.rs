@@ -23,33 +23,30 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--home").arg(home).arg("serve");
     let end = Instant::now() + LIMIT;
-    // One that is just ending must be gone first, or ours would give way to it.
-    while crate::daemon::held(home) && Instant::now() < end {
-        if client.get::<api::Version>("/v1/version").is_ok() {
-            return Ok(client);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let mut starts = 1;
-    let mut child = vmm::process::spawn(&command, &[], None, &log_path)?;
+    let mut child: Option<vmm::process::ProcessId> = None;
+    let mut starts = 0;
     loop {
-        std::thread::sleep(Duration::from_millis(5));
         match client.get::<api::Version>("/v1/version") {
             Ok(_) => return Ok(client),
-            Err(error) if absent(&error) && Instant::now() > end => return Err(error.into()),
-            Err(error) if absent(&error) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) if !absent(&error) || Instant::now() > end => return Err(error.into()),
+            Err(_) => {}
         }
-        // Another command may have started one at the same time: ours then ends, and theirs answers soon.
-        if !child.alive() && client.get::<api::Version>("/v1/version").is_err() && !crate::daemon::held(home) {
-            // Theirs may have ended since; the next one is ours, unless something is wrong.
+        // Where somebody holds the home, it is a daemon that another command started and that answers soon, or one
+        // that is just ending and must be gone first: ours would give way to either.
+        if !crate::daemon::held(home) && !child.is_some_and(|child| child.alive()) {
             if starts == 3 {
                 let words = vmm::process::last_words(&log_path);
                 return Err(format!("the daemon ended at start: {words}").into());
             }
             starts += 1;
-            child = vmm::process::spawn(&command, &[], None, &log_path)?;
+            match vmm::process::spawn(&command, &[], None, &log_path) {
+                Ok(started) => child = Some(started),
+                // It gave way to another at once, or cannot start at all: its log says which.
+                Err(error) if starts == 3 => return Err(error.into()),
+                Err(_) => {}
+            }
         }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
