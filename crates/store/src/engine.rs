@@ -58,6 +58,20 @@ impl Expect {
     }
 }
 
+/// A compare-and-swap asked for together with others.
+#[derive(Clone, Debug)]
+pub struct HeadSwap {
+    /// The head.
+    pub name: String,
+    /// The state it must be in.
+    pub expect: Expect,
+    /// Its new bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// What became of a compare-and-swap: the new state, or what was found instead.
+pub type Swapped = Result<Etag, &'static str>;
+
 /// An object open for reading.
 pub trait Object: Send + Sync {
     /// Fills `buf` from `offset`; fewer bytes are an `UnexpectedEof` error.
@@ -102,7 +116,12 @@ pub trait Engine: Send + Sync {
     /// All heads.
     fn heads(&self) -> io::Result<Vec<String>>;
     /// Compare-and-swap of a head. The inner error says what was found instead.
-    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>>;
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped>;
+    /// Compare-and-swap of several heads, no two of one name: each by itself, in any order, where doing them together
+    /// is cheaper. As many results as swaps.
+    fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
+        swaps.iter().map(|swap| self.swap_head(&swap.name, &swap.expect, &swap.bytes)).collect()
+    }
     /// Removes a head; whether it was there.
     fn remove_head(&self, name: &str) -> io::Result<bool>;
 }

@@ -1,15 +1,18 @@
 //! The store itself: opening, recovery, heads and figures.
 
+use crate::blob;
 use crate::cache::Cache;
 use crate::catalog::{Catalog, Location, Pack};
 use crate::engine::local::OpenError;
 use crate::engine::{Engine, Etag, Local};
 use crate::error::Error;
 use crate::frame::{Frame, FrameInfo, Kind};
+use crate::group::Group;
 use crate::head::{self, Manifest};
 use crate::ledger::Ledger;
 use crate::name::{Keys, Name, Version};
 use crate::pack::{Index, PackId};
+use crate::publish::Publication;
 use crate::tree::{self, Node};
 use base::ByteRange;
 use std::collections::{HashMap, VecDeque};
@@ -82,6 +85,9 @@ pub struct Store {
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) collecting: Mutex<()>,
     pub(crate) publishing: Mutex<()>,
+    pub(crate) publications: Group<Vec<Publication>, Vec<Result<Etag, Error>>>,
+    /// Those who write to one blob at the same time.
+    pub(crate) blob_writers: Mutex<HashMap<String, Arc<blob::Writers>>>,
     refreshing: Mutex<()>,
     pub(crate) open_packs: Mutex<Vec<Arc<Pack>>>,
     /// Packs whose objects are open, oldest first.
@@ -123,6 +129,8 @@ impl Store {
             ledger: Mutex::default(),
             collecting: Mutex::default(),
             publishing: Mutex::default(),
+            publications: Group::default(),
+            blob_writers: Mutex::default(),
             refreshing: Mutex::default(),
             open_packs: Mutex::default(),
             open_objects: Mutex::default(),
@@ -219,7 +227,7 @@ impl Store {
         for name in self.heads("").unwrap_or_default() {
             stats.heads += 1;
             if let Ok(Some((manifest, _))) = self.head(&name) {
-                stats.logical_bytes += manifest.versions.values().map(|version| version.size).sum::<u64>();
+                stats.logical_bytes += crate::blob::logical_bytes(&name, &manifest);
             }
         }
         for pack in self.catalog.packs() {
@@ -407,7 +415,7 @@ pub(crate) fn given_up_ranges(frames: &[FrameInfo]) -> Vec<ByteRange> {
     out
 }
 
-fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
+pub(crate) fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut out = [0; N];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut out)?;
     Ok(out)

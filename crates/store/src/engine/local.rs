@@ -13,7 +13,7 @@
 //! another process has it open. The compare-and-swap of heads needs no more than a mutex, because the lock file
 //! admits one writing process.
 
-use super::{Engine, Etag, Expect, Object, Upload};
+use super::{Engine, Etag, Expect, HeadSwap, Object, Swapped, Upload};
 use base::ByteRange;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
 use std::fs::{self, File, OpenOptions};
@@ -24,6 +24,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 const FOLDERS: [&str; 3] = ["packs", "heads", "tmp"];
+/// A thread more for so many heads that are swapped together.
+const SWAPS_PER_THREAD: usize = 4;
+const SWAP_THREADS_MAX: usize = 16;
 
 /// The engine.
 pub struct Local {
@@ -102,20 +105,46 @@ impl Local {
         self.dir.join("heads").join(name.replace('/', "%2F"))
     }
 
-    fn write_whole(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    /// Makes bytes durable in a file of `tmp/`.
+    fn write_tmp(&self, bytes: &[u8]) -> io::Result<PathBuf> {
         let tmp = self.tmp();
         let written = (|| {
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
             file.write_all_at(bytes, 0)?;
-            file.sync_all()?;
-            fs::rename(&tmp, path)
+            file.sync_all()
         })();
-        if written.is_err() {
-            // The first error is the one to report; what stays behind goes when a writer opens next.
-            let _ = fs::remove_file(&tmp);
-        }
-        written?;
+        discard_on_error(written, &tmp)?;
+        Ok(tmp)
+    }
+
+    fn write_whole(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let tmp = self.write_tmp(bytes)?;
+        discard_on_error(fs::rename(&tmp, path), &tmp)?;
         sync_dir(path.parent().expect("a file in a folder of the store"))
+    }
+
+    /// Writes each head that is in the state expected; those written still want their folder synced.
+    fn swap_each(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
+        let one = |swap: &HeadSwap| {
+            let found = self.head(&swap.name)?.map(|(_, etag)| etag);
+            if let Some(why) = swap.expect.refuses(found.as_ref()) {
+                return Ok(Err(why));
+            }
+            let tmp = self.write_tmp(&swap.bytes)?;
+            discard_on_error(fs::rename(&tmp, self.head_path(&swap.name)), &tmp)?;
+            Ok(Ok(Etag::of(&swap.bytes)))
+        };
+        let threads = swaps.len().div_ceil(SWAPS_PER_THREAD).min(SWAP_THREADS_MAX);
+        if threads <= 1 {
+            return swaps.iter().map(one).collect();
+        }
+        // The file system writes out together what threads ask of it at the same time.
+        let part = swaps.len().div_ceil(threads);
+        std::thread::scope(|scope| {
+            let parts: Vec<_> =
+                swaps.chunks(part).map(|part| scope.spawn(move || part.iter().map(one).collect::<Vec<_>>())).collect();
+            parts.into_iter().flat_map(|part| part.join().expect("a swap does not panic")).collect()
+        })
     }
 
     /// Removes files of one folder after another so that none comes back after a crash.
@@ -139,6 +168,11 @@ impl Local {
         }
         Ok(moved.len())
     }
+}
+
+/// The first error is the one to report; what stays behind goes when a writer opens next.
+fn discard_on_error<T>(result: io::Result<T>, tmp: &Path) -> io::Result<T> {
+    result.inspect_err(|_| _ = fs::remove_file(tmp))
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {
@@ -285,14 +319,22 @@ impl Engine for Local {
         Ok(file_names(&self.dir.join("heads"))?.into_iter().map(|name| name.replace("%2F", "/")).collect())
     }
 
-    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>> {
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped> {
+        let swap = HeadSwap { name: name.to_owned(), expect: expect.clone(), bytes: bytes.to_vec() };
+        self.swap_heads(&[swap]).pop().expect("a result for each swap")
+    }
+
+    fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
         let _guard = self.heads.lock().expect("no panic while heads are locked");
-        let found = self.head(name)?.map(|(_, etag)| etag);
-        if let Some(why) = expect.refuses(found.as_ref()) {
-            return Ok(Err(why));
+        let mut results = self.swap_each(swaps);
+        if results.iter().any(|result| matches!(result, Ok(Ok(_))))
+            && let Err(error) = sync_dir(&self.dir.join("heads"))
+        {
+            for result in results.iter_mut().filter(|result| matches!(result, Ok(Ok(_)))) {
+                *result = Err(io::Error::new(error.kind(), error.to_string()));
+            }
         }
-        self.write_whole(&self.head_path(name), bytes)?;
-        Ok(Ok(Etag::of(bytes)))
+        results
     }
 
     fn remove_head(&self, name: &str) -> io::Result<bool> {
