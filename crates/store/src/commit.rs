@@ -431,7 +431,7 @@ fn is_zero(block: &[u8]) -> bool {
 }
 
 /// Runs `work` on every task with up to `threads` threads; the results in order, or the first error met.
-fn in_parallel<T: Send, R: Send>(
+pub(crate) fn in_parallel<T: Send, R: Send>(
     threads: usize,
     tasks: Vec<T>,
     work: impl Fn(T) -> Result<R, Error> + Sync,

@@ -95,6 +95,10 @@ pub trait Upload: Send {
 pub trait Engine: Send + Sync {
     /// For messages: the directory or address.
     fn describe(&self) -> String;
+    /// How many objects are best made durable at the same time.
+    fn concurrency(&self) -> usize {
+        1
+    }
     /// Starts an object.
     fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>>;
     /// Opens a visible object.

@@ -3,6 +3,7 @@
 use crate::blob;
 use crate::cache::Cache;
 use crate::catalog::{Catalog, Location, Pack};
+use crate::commit::in_parallel;
 use crate::engine::local::OpenError;
 use crate::engine::{Engine, Etag, Local};
 use crate::error::Error;
@@ -376,21 +377,24 @@ impl Store {
         self.seal_packs(open.iter().filter(|pack| pack.live() > 0))
     }
 
-    /// Makes packs durable and visible.
+    /// Makes packs durable and visible, as many at once as the medium takes well.
     pub(crate) fn seal_packs<'a>(&self, packs: impl Iterator<Item = &'a Arc<Pack>>) -> Result<(), Error> {
-        for pack in packs {
-            let sealed = pack.is_sealed();
-            pack.seal(|id, index| {
-                let object = id.index_object();
-                let bytes = index.encode(id, &self.keys);
-                self.engine.put(&object, &bytes).map_err(|error| Error::io("write", object, error))
-            })?;
-            if !sealed {
-                // It is open for reading from now on, and one of those that may be closed.
-                self.note_open(pack.handle);
-            }
-        }
+        let sealed = in_parallel(self.engine.concurrency(), packs.collect(), |pack| self.seal_pack(pack));
         self.open_packs.lock().expect("no panic while open packs are locked").retain(|pack| !pack.is_sealed());
+        sealed.map(|_| ())
+    }
+
+    fn seal_pack(&self, pack: &Pack) -> Result<(), Error> {
+        let sealed = pack.is_sealed();
+        pack.seal(|id, index| {
+            let object = id.index_object();
+            let bytes = index.encode(id, &self.keys);
+            self.engine.put(&object, &bytes).map_err(|error| Error::io("write", object, error))
+        })?;
+        if !sealed {
+            // It is open for reading from now on, and one of those that may be closed.
+            self.note_open(pack.handle);
+        }
         Ok(())
     }
 }

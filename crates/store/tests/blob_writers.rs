@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 use store::blob::{At, Blob, Change};
-use store::engine::{Engine, HeadSwap, Local, Memory, Object, Swapped, Upload};
+use store::engine::{Engine, Local, Memory, Object, Swapped, Upload};
 use store::{BlockSource, Error, Etag, Expect, Mode, Store};
 
 /// An engine on which swaps are lost to writers of elsewhere, as on a medium that several processes share: every third
@@ -270,7 +270,7 @@ fn a_writer_that_fails_leaves_nothing() {
 }
 
 #[test]
-fn many_blobs_at_once_share_publications() {
+fn many_blobs_at_once_get_what_was_written() {
     let memory = Memory::default();
     let store = Store::open_engine(Arc::new(memory.clone()), Mode::ReadWrite).unwrap();
     let blobs: Vec<Blob<'_>> = (0..40).map(|n| store.create_blob(&format!("b{n}"), 100_000, 4096).unwrap()).collect();
@@ -446,7 +446,7 @@ fn killed_writers_process() {
                     let token = rng.below(1 << 40);
                     let offset = rng.below(1 << 10) * 1000;
                     let number = blob.write(offset, &numbered(token)).unwrap();
-                    println!("published {name} {number} {offset} {token}");
+                    println!("published {name} {number} {offset} {token} whole");
                     if number % 7 == 0 && number > 20 {
                         let _ = blob.delete_version(number - 20);
                         store.collect().unwrap();
@@ -485,7 +485,7 @@ fn writers_killed_at_any_instant_lose_nothing_they_published() {
             let Some((_, line)) = line.split_once("published ") else { continue };
             let parts: Vec<&str> = line.split(' ').collect();
             // The last line may have been cut.
-            let [name, number, offset, token] = parts[..] else { continue };
+            let [name, number, offset, token, "whole"] = parts[..] else { continue };
             let (Ok(number), Ok(offset), Ok(token)) = (number.parse(), offset.parse(), token.parse()) else { continue };
             let blob = store.blob(name).unwrap();
             assert!(blob.latest().unwrap().0 >= number, "round {round}: {line}");

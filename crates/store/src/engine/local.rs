@@ -26,7 +26,8 @@ use std::sync::{Arc, Mutex};
 const FOLDERS: [&str; 3] = ["packs", "heads", "tmp"];
 /// A thread more for so many heads that are swapped together.
 const SWAPS_PER_THREAD: usize = 4;
-const SWAP_THREADS_MAX: usize = 16;
+/// The file system writes out together what is asked of it at the same time, so that waiting threads pay.
+const CONCURRENCY: usize = 16;
 
 /// The engine.
 pub struct Local {
@@ -134,11 +135,10 @@ impl Local {
             discard_on_error(fs::rename(&tmp, self.head_path(&swap.name)), &tmp)?;
             Ok(Ok(Etag::of(&swap.bytes)))
         };
-        let threads = swaps.len().div_ceil(SWAPS_PER_THREAD).min(SWAP_THREADS_MAX);
+        let threads = swaps.len().div_ceil(SWAPS_PER_THREAD).min(CONCURRENCY);
         if threads <= 1 {
             return swaps.iter().map(one).collect();
         }
-        // The file system writes out together what threads ask of it at the same time.
         let part = swaps.len().div_ceil(threads);
         std::thread::scope(|scope| {
             let parts: Vec<_> =
@@ -256,6 +256,10 @@ impl Drop for LocalUpload {
 impl Engine for Local {
     fn describe(&self) -> String {
         self.dir.display().to_string()
+    }
+
+    fn concurrency(&self) -> usize {
+        CONCURRENCY
     }
 
     fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>> {
