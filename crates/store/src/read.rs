@@ -121,7 +121,7 @@ impl Store {
 
     /// Runs `work`; a reader that fails for what may be stale knowledge looks again: at new packs first, where
     /// everything that moved is found, then at all.
-    fn refreshed<T>(&self, mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    pub(crate) fn refreshed<T>(&self, mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
         for all in [false, true] {
             match work() {
                 Err(error) if self.mode == Mode::ReadOnly && error.may_be_stale() => self.refresh(all)?,

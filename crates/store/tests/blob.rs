@@ -637,3 +637,32 @@ fn a_snapshot_of_blobs_keeps_what_it_names() {
     assert!(store.delete_blob_snapshot("s").unwrap() && !store.delete_blob_snapshot("s").unwrap());
     check_nothing_leaks(&memory, store);
 }
+
+#[test]
+fn a_reading_process_sees_each_version_as_it_is_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = Store::open(dir.path(), Mode::ReadWrite).unwrap();
+    let blob = writer.create_blob("b", 1 << 20, 4096).unwrap();
+    let reader = Store::open(dir.path(), Mode::ReadOnly).unwrap();
+    let seen = reader.blob("b").unwrap();
+    let mut contents = vec![vec![0; 1 << 20]];
+    for round in 1..40u64 {
+        let mut content = contents.last().unwrap().clone();
+        let bytes = Rng(round).noise(20_000);
+        let at = Rng(round).below((1 << 20) - 20_000);
+        content[at as usize..at as usize + 20_000].copy_from_slice(&bytes);
+        blob.write(at, &bytes).unwrap();
+        contents.push(content);
+        assert_same(&self::content(&seen, At::Latest), contents.last().unwrap());
+        let old = round / 2;
+        assert_same(&self::content(&seen, At::Number(old)), &contents[old as usize]);
+        if round % 10 == 9 {
+            writer.collect().unwrap();
+        }
+    }
+    assert!(matches!(seen.write(0, b"x"), Err(Error::ReadOnly { .. })));
+    assert!(matches!(seen.tag(1, "t"), Err(Error::ReadOnly { .. })));
+    assert!(matches!(reader.create_blob("c", 1, 512), Err(Error::ReadOnly { .. })));
+    assert!(matches!(reader.snapshot_blobs("s", &[("b", At::Latest)]), Err(Error::ReadOnly { .. })));
+    assert!(matches!(seen.clone(At::Latest, "c"), Err(Error::ReadOnly { .. })));
+}

@@ -407,7 +407,8 @@ impl State {
         if tree.name.is_none() {
             return Ok((number, blank));
         }
-        let found = tree::subtree(store, tree, blank.height(), epoch.place(number, blank.height()))?;
+        let place = epoch.place(number, blank.height());
+        let found = store.refreshed(|| tree::subtree(store, tree, blank.height(), place))?;
         Ok((number, Version { root: found.name.unwrap_or(blank.root), ..blank }))
     }
 
