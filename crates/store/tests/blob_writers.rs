@@ -447,7 +447,7 @@ fn killed_writers_process() {
                     let offset = rng.below(1 << 10) * 1000;
                     let number = blob.write(offset, &numbered(token)).unwrap();
                     println!("published {name} {number} {offset} {token} whole");
-                    if number % 7 == 0 && number > 20 {
+                    if number.is_multiple_of(7) && number > 20 {
                         let _ = blob.delete_version(number - 20);
                         store.collect().unwrap();
                     }

@@ -247,7 +247,8 @@ impl Transaction<'_> {
         contended: &mut Vec<ByteRange>,
     ) -> Result<Vec<Range<u64>>, Error> {
         let unit = u64::from(onto.block_size);
-        let mut out = vec![run.start / unit..run.end.div_ceil(unit)];
+        let all = run.start / unit..run.end.div_ceil(unit);
+        let mut out = Vec::from([all]);
         let first = ranges.partition_point(|range| range.end <= run.start);
         let inside = || ranges[first..].iter().take_while(|range| range.start < run.end);
         // Blocks in which a range starts or ends.

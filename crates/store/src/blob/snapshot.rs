@@ -19,6 +19,9 @@ const FORMAT: u32 = 1;
 /// Readings before giving up on heads that never stand still.
 const READINGS_MAX: usize = 100;
 
+/// Number and version by the name of the blob.
+type Versions = BTreeMap<String, (u64, Version)>;
+
 /// Versions of several blobs at one instant. They stay readable until the snapshot is deleted, whatever becomes of the
 /// blobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,13 +70,9 @@ impl Store {
     }
 
     /// The versions of the blobs as they stand together, held; `None` when that changed while they were read.
-    fn read_together(
-        &self,
-        tx: &Transaction<'_>,
-        blobs: &[(&str, At)],
-    ) -> Result<Option<BTreeMap<String, (u64, Version)>>, Error> {
+    fn read_together(&self, tx: &Transaction<'_>, blobs: &[(&str, At)]) -> Result<Option<Versions>, Error> {
         let Some(states) = self.states_together(blobs)? else { return Ok(None) };
-        let mut versions = BTreeMap::new();
+        let mut versions = Versions::new();
         for ((blob, at), state) in blobs.iter().zip(&states) {
             let (number, version) = state.version(self, *at)?;
             if versions.insert((*blob).to_owned(), (number, tx.held(version)?)).is_some() {
