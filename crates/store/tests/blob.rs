@@ -370,8 +370,8 @@ proptest! {
         let blob = store.create_blob("b", size, 512).unwrap();
         let mut expected = Rng(seed).noise(size as usize);
         blob.write(0, &expected).unwrap();
+        let parts: Vec<(u64, u64)> = parts.iter().map(|(at, len)| (at % size, *len)).collect();
         let ranges = fit(&parts, size, 1);
-        prop_assume!(!ranges.is_empty());
         let source = Mem(Rng(seed + 1).noise(size as usize));
         let interrupt = || {
             let blob = store.blob("b").unwrap();
