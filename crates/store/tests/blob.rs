@@ -666,3 +666,61 @@ fn a_reading_process_sees_each_version_as_it_is_published() {
     assert!(matches!(reader.snapshot_blobs("s", &[("b", At::Latest)]), Err(Error::ReadOnly { .. })));
     assert!(matches!(seen.clone(At::Latest, "c"), Err(Error::ReadOnly { .. })));
 }
+
+#[test]
+fn a_deleted_version_gives_back_what_only_it_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), Mode::ReadWrite).unwrap();
+    let blob = store.create_blob("b", 8 << 20, 4096).unwrap();
+    let (shared, first, second) = (Rng(1).noise(1 << 20), Rng(2).noise(2 << 20), Rng(3).noise(2 << 20));
+    blob.write(4 << 20, &shared).unwrap();
+    blob.write(0, &first).unwrap();
+    blob.write(0, &second).unwrap();
+    blob.clone(1, "c").unwrap();
+    assert_eq!(store.collect().unwrap().bytes, 0, "everything is needed");
+    blob.tag(2, "keep").unwrap();
+    assert!(matches!(blob.delete_version(2), Err(Error::Invalid(_))));
+    blob.untag("keep").unwrap();
+    blob.delete_version(2).unwrap();
+    let freed = store.collect().unwrap().bytes;
+    assert!((2 << 20..3 << 20).contains(&freed), "{freed} bytes");
+    blob.delete_version(1).unwrap();
+    assert!(store.collect().unwrap().bytes < 100_000, "the clone has it still");
+    let mut read = vec![0; 2 << 20];
+    blob.read(At::Latest, 0, &mut read).unwrap();
+    assert_same(&read, &second);
+    store.blob("c").unwrap().read(0, 4 << 20, &mut read[..1 << 20]).unwrap();
+    assert_same(&read[..1 << 20], &shared);
+    assert_sound(&store);
+}
+
+#[test]
+fn a_blob_deleted_while_it_is_written_stays_deleted() {
+    let memory = Memory::default();
+    let store = open(&memory);
+    let blob = store.create_blob("b", 1 << 20, 4096).unwrap();
+    blob.write(0, &Rng(1).noise(100_000)).unwrap();
+    for again in [false, true] {
+        let source = Mem(Rng(2).noise(1 << 20));
+        let interrupt = || {
+            store.blob("b").unwrap().delete().unwrap();
+            store.collect().unwrap();
+            if again {
+                store.create_blob("b", 1 << 20, 4096).unwrap();
+            }
+        };
+        let once = std::sync::Mutex::new(Some(Box::new(interrupt) as Box<dyn FnOnce() + Send>));
+        let interrupted = Interrupted { inner: &source, once };
+        let blob = store.blob("b").unwrap();
+        let result = blob.write_from(&[ByteRange::new(5, 50_000)], &interrupted, 1);
+        assert!(matches!(result, Err(Error::NotFound { .. })), "{result:?}");
+        if !again {
+            store.create_blob("b", 1 << 20, 4096).unwrap();
+        }
+    }
+    assert_eq!(store.blob("b").unwrap().latest().unwrap().0, 0);
+    store.collect().unwrap();
+    let stats = store.stats();
+    assert_eq!((stats.blocks, stats.nodes, stats.packs), (0, 0, 0));
+    check_nothing_leaks(&memory, store);
+}

@@ -11,7 +11,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Swaps lost to others before a writer gives up. With back-off that is some ten seconds at least.
+/// Swaps lost to others before a writer gives up: with back-off about ten seconds.
 const ATTEMPTS: u32 = 200;
 const BACKOFF_MIN: Duration = Duration::from_millis(1);
 const BACKOFF_DOUBLINGS_MAX: u32 = 7;
