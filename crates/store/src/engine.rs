@@ -16,6 +16,7 @@ pub use memory::Memory;
 use base::ByteRange;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The state a head was seen in. Opaque; only compared by the engine that made it.
@@ -58,8 +59,19 @@ impl Expect {
     }
 }
 
+/// The bytes of a head in a file of their own, durable and not yet visible. Removed when it is not used.
+#[derive(Debug)]
+pub struct Staged(PathBuf);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Gone where it was used. What cannot be removed goes when a writer opens next.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// A compare-and-swap asked for together with others.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct HeadSwap {
     /// The head.
     pub name: String,
@@ -67,6 +79,8 @@ pub struct HeadSwap {
     pub expect: Expect,
     /// Its new bytes.
     pub bytes: Vec<u8>,
+    /// These bytes, made durable already.
+    pub staged: Option<Staged>,
 }
 
 /// What became of a compare-and-swap: the new state, or what was found instead.
@@ -86,6 +100,16 @@ pub trait Upload: Send {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
     /// What was appended so far, for reading; stays good after `finish`.
     fn object(&self) -> Arc<dyn Object>;
+    /// Makes what was appended durable and not yet visible, so that finishing has less to do. Never needed.
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    /// As `finish`, then `then`, which makes another object of the same folder visible. Both are durable when this
+    /// returns, and at no instant is the other one visible without this.
+    fn finish_before(&mut self, then: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.finish()?;
+        then()
+    }
     /// Makes it durable, then visible. May be repeated after an error, but once the medium reported that it
     /// could not make data durable, every later attempt fails as well: nobody knows what it dropped.
     fn finish(&mut self) -> io::Result<()>;
@@ -121,6 +145,15 @@ pub trait Engine: Send + Sync {
     fn heads(&self) -> io::Result<Vec<String>>;
     /// Compare-and-swap of a head. The inner error says what was found instead.
     fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped>;
+    /// Finishes an upload, then writes the small object `name` of the same folder. May be repeated after an error.
+    fn finish_with(&self, upload: &mut dyn Upload, name: &str, bytes: &[u8]) -> io::Result<()> {
+        upload.finish_before(&mut || self.put(name, bytes))
+    }
+    /// Makes a head's bytes durable ahead of its swap, where that makes the swap quicker.
+    fn stage_head(&self, bytes: &[u8]) -> Option<Staged> {
+        let _ = bytes;
+        None
+    }
     /// Compare-and-swap of several heads, no two of one name: each by itself, in any order, where doing them together
     /// is cheaper. As many results as swaps.
     fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {

@@ -1,11 +1,12 @@
 //! Publication: everything durable, then heads swapped. Transactions that publish at the same time do it together.
 //!
 //! Each takes its references on what it publishes, then joins the group: one of them makes every pack durable to which
-//! something refers, and swaps the heads of all. A block that one transaction stored may be one that another found
+//! something refers, beside them what the heads are to become, and swaps the heads of all. A block that one transaction stored may be one that another found
 //! there, so it is all packs, and nobody's round can be shared by a transaction that appends afterwards: a round takes
 //! only those that came before it began.
 
-use crate::engine::{Etag, Expect, HeadSwap};
+use crate::commit::in_parallel;
+use crate::engine::{Etag, Expect, HeadSwap, Staged};
 use crate::error::Error;
 use crate::head::{self, Manifest};
 use crate::name::Name;
@@ -18,6 +19,9 @@ pub(crate) struct Publication {
     head: String,
     expect: Expect,
     manifest: Manifest,
+    /// The head as it is to be, once that is known to come.
+    bytes: Vec<u8>,
+    staged: Option<Staged>,
 }
 
 /// The outcome, and the manifest that needs its references no more: the one before, or this one where it did not come
@@ -38,7 +42,7 @@ impl Store {
         let mut results: Vec<Option<Result<Etag, Error>>> = Vec::with_capacity(heads.len());
         let mut admitted = Vec::new();
         for (head, expect, manifest) in heads {
-            let publication = Publication { head, expect, manifest };
+            let publication = Publication { head, expect, manifest, bytes: Vec::new(), staged: None };
             results.push(match self.admit(&publication) {
                 Ok(()) => {
                     admitted.push(publication);
@@ -60,7 +64,7 @@ impl Store {
 
     /// Refuses early what the swap would refuse, before anything is made durable for it, and takes references.
     fn admit(&self, publication: &Publication) -> Result<(), Error> {
-        let Publication { head, expect, manifest } = publication;
+        let Publication { head, expect, manifest, .. } = publication;
         self.writable("publish")?;
         head::check_name(head)?;
         let found = self.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
@@ -78,8 +82,8 @@ impl Store {
         Ok(())
     }
 
-    fn publish_round(&self, publications: Vec<Publication>) -> Vec<Result<Etag, Error>> {
-        let outcomes: Vec<Outcome> = match self.seal_open_packs() {
+    fn publish_round(&self, mut publications: Vec<Publication>) -> Vec<Result<Etag, Error>> {
+        let outcomes: Vec<Outcome> = match self.make_durable(&mut publications) {
             Ok(()) => self.swap_all(publications),
             Err(error) => publications.into_iter().map(|p| (Err(error.copy()), Some(p.manifest))).collect(),
         };
@@ -91,6 +95,27 @@ impl Store {
             result
         });
         each.collect()
+    }
+
+    /// Makes packs durable, and beside them what the heads are to become.
+    fn make_durable(&self, publications: &mut [Publication]) -> Result<(), Error> {
+        let stage = |publication: &mut Publication| {
+            let bytes = publication.manifest.encode(&publication.head, &self.keys);
+            publication.staged = self.engine.stage_head(&bytes);
+            publication.bytes = bytes;
+            Ok(())
+        };
+        let threads = self.engine.concurrency();
+        if threads == 1 {
+            publications.iter_mut().try_for_each(stage)?;
+            return self.seal_open_packs();
+        }
+        std::thread::scope(|scope| {
+            let staging = scope.spawn(|| in_parallel(threads, publications.iter_mut().collect(), stage));
+            let sealed = self.seal_open_packs();
+            staging.join().expect("staging does not panic")?;
+            sealed
+        })
     }
 
     fn swap_all(&self, publications: Vec<Publication>) -> Vec<Outcome> {
@@ -109,19 +134,19 @@ impl Store {
         outcomes
     }
 
-    fn swap_together(&self, publications: Vec<Publication>) -> Vec<Outcome> {
+    fn swap_together(&self, mut publications: Vec<Publication>) -> Vec<Outcome> {
         let mut swaps = Vec::with_capacity(publications.len());
         // What was there before; what could not be read is not swapped.
         let mut before: Vec<Result<Option<Manifest>, Error>> = Vec::with_capacity(publications.len());
-        for Publication { head, expect, manifest } in &publications {
+        for Publication { head, expect, bytes, staged, .. } in &mut publications {
             let old = match self.head(head) {
                 Ok(found) => Ok(found.map(|(manifest, _)| manifest)),
                 Err(Error::Corrupt { .. }) => Ok(None),
                 Err(error) => Err(error),
             };
             if old.is_ok() {
-                let bytes = manifest.encode(head, &self.keys);
-                swaps.push(HeadSwap { name: head.clone(), expect: expect.clone(), bytes });
+                let (bytes, staged) = (std::mem::take(bytes), staged.take());
+                swaps.push(HeadSwap { name: head.clone(), expect: expect.clone(), bytes, staged });
             }
             before.push(old);
         }

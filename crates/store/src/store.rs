@@ -386,10 +386,9 @@ impl Store {
 
     fn seal_pack(&self, pack: &Pack) -> Result<(), Error> {
         let sealed = pack.is_sealed();
-        pack.seal(|id, index| {
-            let object = id.index_object();
-            let bytes = index.encode(id, &self.keys);
-            self.engine.put(&object, &bytes).map_err(|error| Error::io("write", object, error))
+        pack.seal(|upload, id, index| {
+            let finished = self.engine.finish_with(upload, &id.index_object(), &index.encode(id, &self.keys));
+            finished.map_err(|error| Error::io("make durable", id.pack_object(), error))
         })?;
         if !sealed {
             // It is open for reading from now on, and one of those that may be closed.

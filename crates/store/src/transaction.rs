@@ -57,11 +57,10 @@ impl Store {
             let Some((names, uploaded)) = pack.abandon() else { return true };
             names.iter().for_each(|name| self.catalog.forget(name, pack.handle));
             self.catalog.remove_pack(pack.handle);
-            if uploaded && let Err(error) = self.engine.remove(&[pack.id.pack_object()]) {
-                log::warn!(
-                    "cannot remove {}, which has no index; the next opening will: {error}",
-                    pack.id.pack_object()
-                );
+            // The index first: an index without its pack would look like a loss.
+            let objects = [pack.id.index_object(), pack.id.pack_object()];
+            if uploaded && let Err(error) = self.engine.remove(&objects) {
+                log::warn!("cannot remove {}, which nothing needs; a later collection will: {error}", objects[1]);
             }
             false
         });
