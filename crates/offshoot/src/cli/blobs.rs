@@ -236,11 +236,13 @@ fn upload(
         }
         _ => (Box::new(std::io::stdin()), 0),
     };
-    let show = Arc::new(Mutex::new(output::Show::new()));
+    // Elsewhere than on a terminal a line that says no more than that bytes are sent is of no use.
+    let show = Arc::new(Mutex::new(std::io::stderr().is_terminal().then(output::Show::new)));
     let shown = show.clone();
     let progress = move |done| {
-        let mut show = shown.lock().expect("no panic while showing");
-        show.update(&Progress { step: "sending".into(), done, total });
+        if let Some(show) = &mut *shown.lock().expect("no panic while showing") {
+            show.update(&Progress { step: "sending".into(), done, total });
+        }
     };
     let done = client.upload(method, path, source, progress);
     drop(show);
