@@ -14,6 +14,7 @@
 pub mod blob;
 mod cache;
 mod catalog;
+mod chunks;
 mod collect;
 mod commit;
 mod compact;
@@ -26,6 +27,7 @@ mod ledger;
 mod name;
 mod nodes;
 mod pack;
+mod places;
 mod publish;
 mod read;
 mod store;
