@@ -260,8 +260,8 @@ fn full_disk_process() {
     let mut rng = Rng(4);
     read_around(&cached, &bytes, &mut rng, 300);
     let full = cached.stats();
-    assert!(full.uncached > 0 && full.hits > full.uncached, "{full:?}");
-    assert!((20..48).contains(&full.chunks), "as much is used as there is room for: {full:?}");
+    assert!(full.uncached > 0 && full.hits > full.uncached, "{:?} {full:?}", cached.condition());
+    assert!((20..48).contains(&full.chunks), "{:?} {full:?}", cached.condition());
     assert_eq!(full.healed, 0, "{full:?}");
     // Others take the rest, and give it back: what is here is served all the while.
     drop(cached);

@@ -454,7 +454,15 @@ impl Shared {
                 self.condition().disk = Some(error.to_string());
                 self.troubled.store(true, Ordering::Relaxed);
             }
-            Ok(()) if self.troubled.load(Ordering::Relaxed) => self.condition().disk = None,
+            Ok(()) if self.troubled.load(Ordering::Relaxed) => {
+                // As long as it does with less than the bound, the last refusal is the reason.
+                let state = self.state();
+                let all_used = state.index.room().1 >= state.wanted;
+                drop(state);
+                if all_used {
+                    self.condition().disk = None;
+                }
+            }
             Ok(()) => {}
         }
     }
