@@ -86,9 +86,7 @@ impl CacheOptions {
         if !chunk.is_power_of_two() || !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&chunk) {
             return invalid(format!("a chunk of {chunk} bytes: use a power of two from 64 KiB to 1 MiB"));
         }
-        while self.chunk_bytes.is_none()
-            && chunk < CHUNK_BYTES_MAX
-            && Self::slots(self.bytes, chunk.into()) > SLOTS_MAX
+        while self.chunk_bytes.is_none() && chunk < CHUNK_BYTES_MAX && Self::slots(self.bytes, chunk.into()) > SLOTS_MAX
         {
             chunk *= 2;
         }
