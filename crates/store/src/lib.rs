@@ -21,6 +21,8 @@ mod compact;
 pub mod engine;
 mod error;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod group;
 mod head;
 mod ledger;

@@ -16,7 +16,7 @@ use crate::pack::{Index, PackId};
 use crate::publish::Publication;
 use crate::tree::{self, Node};
 use base::ByteRange;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -138,7 +138,7 @@ impl Store {
             next_sequence: AtomicU64::new(1),
             counters: Counters::default(),
         };
-        let found = store.load_packs(&HashMap::new())?;
+        let found = store.load_packs(&BTreeMap::new())?;
         if mode == Mode::ReadWrite {
             let mut ledger = store.ledger();
             store.recount(&mut ledger)?;
@@ -246,7 +246,7 @@ impl Store {
     }
 
     /// Loads the indexes of packs that are not in `known`; returns everything found in the folder.
-    fn load_packs(&self, known: &HashMap<PackId, Arc<Pack>>) -> Result<Found, Error> {
+    fn load_packs(&self, known: &BTreeMap<PackId, Arc<Pack>>) -> Result<Found, Error> {
         let files = self.engine.list("packs").map_err(|error| Error::io("list", "packs", error))?;
         let mut found = Found::default();
         for (id, is_index) in files.iter().filter_map(|file| PackId::parse(file)) {
@@ -309,7 +309,7 @@ impl Store {
     /// have been given up and their blocks stored elsewhere.
     pub(crate) fn refresh(&self, all: bool) -> Result<(), Error> {
         let _guard = self.refreshing.lock().expect("no panic while refreshing");
-        let known: HashMap<PackId, Arc<Pack>> = self.catalog.packs().into_iter().map(|pack| (pack.id, pack)).collect();
+        let known: BTreeMap<PackId, Arc<Pack>> = self.catalog.packs().into_iter().map(|pack| (pack.id, pack)).collect();
         let found = self.load_packs(&known)?;
         for (id, pack) in &known {
             if found.indexes.binary_search(id).is_err() {
@@ -444,7 +444,7 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
     Ok(key)
 }
 
-fn encode_key(key: &[u8; 32]) -> Vec<u8> {
+pub(crate) fn encode_key(key: &[u8; 32]) -> Vec<u8> {
     let mut out = Vec::with_capacity(80);
     out.extend_from_slice(KEY_MAGIC);
     out.extend_from_slice(&FORMAT.to_le_bytes());
@@ -455,7 +455,7 @@ fn encode_key(key: &[u8; 32]) -> Vec<u8> {
     out
 }
 
-fn decode_key(bytes: &[u8]) -> Result<[u8; 32], Error> {
+pub(crate) fn decode_key(bytes: &[u8]) -> Result<[u8; 32], Error> {
     let corrupt = |what: &str| Error::Corrupt { object: "key".to_owned(), offset: 0, what: what.to_owned() };
     let bytes: &[u8; 80] = bytes.try_into().map_err(|_| corrupt("the key file has not 80 bytes"))?;
     let key: [u8; 32] = bytes[16..48].try_into().expect("32 bytes");

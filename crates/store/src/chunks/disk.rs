@@ -68,7 +68,7 @@ fn checksum(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(blake3::hash(bytes).as_bytes()[..8].try_into().expect("eight bytes"))
 }
 
-fn seal(record: &mut [u8; RECORD]) {
+pub(crate) fn seal(record: &mut [u8; RECORD]) {
     let hash = blake3::hash(&record[..112]);
     record[112..].copy_from_slice(&hash.as_bytes()[..16]);
 }
@@ -289,4 +289,16 @@ fn read_full(file: &File, buf: &mut [u8], mut at: u64, needed: usize) -> io::Res
         }
     }
     Ok(())
+}
+
+/// For the fuzzer: a record, and whether bytes are one.
+#[cfg(test)]
+pub(crate) fn example_record() -> Vec<u8> {
+    let key = Key { pack: PackId { sequence: 1, random: 2 }, number: 3 };
+    Record { key, len: 5000, pack_size: 1 << 20, pieces: [7; PIECES] }.encode().to_vec()
+}
+
+#[cfg(test)]
+pub(crate) fn is_possible(record: &[u8; RECORD]) -> bool {
+    Record::decode(record, 1 << 16).is_some()
 }

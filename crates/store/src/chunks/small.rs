@@ -102,7 +102,8 @@ impl Small {
             return not_found_is_fine(fs::remove_file(self.path(name)));
         }
         let tmp = self.dir.join(format!(".{}", self.next.fetch_add(1, Ordering::Relaxed)));
-        let written = fs::write(&tmp, [bytes, sum.as_bytes()].concat()).and_then(|()| fs::rename(&tmp, self.path(name)));
+        let written =
+            fs::write(&tmp, [bytes, sum.as_bytes()].concat()).and_then(|()| fs::rename(&tmp, self.path(name)));
         if let Err(error) = written {
             // What is there is old now; both may go.
             kept.remove(name);
