@@ -16,7 +16,7 @@ use crate::pack::{Index, PackId};
 use crate::publish::Publication;
 use crate::tree::{self, Node};
 use base::ByteRange;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};

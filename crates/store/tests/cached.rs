@@ -5,6 +5,7 @@ mod common;
 #[path = "common/watched.rs"]
 mod watched;
 
+use base::ByteRange;
 use common::{BLOCK, Mem, Rng, assert_same, assert_sound, publish, read_all};
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead as _, BufReader};
@@ -14,9 +15,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
-use base::ByteRange;
-use store::engine::cached::{CacheOptions, Cached, Place};
 use store::engine::Engine;
+use store::engine::cached::{CacheOptions, Cached, Place};
 use store::{Error, Expect, Manifest, Mode, Store, Version};
 use watched::Watched;
 
@@ -280,7 +280,8 @@ fn full_disk_process() {
 fn a_full_disk_costs_hits_and_never_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let test = std::env::current_exe().unwrap();
-    let script = "mount -t tmpfs -o size=3m none \"$STORE_TEST_FULL_DISK\" && exec \"$0\" --exact full_disk_process --nocapture";
+    let script =
+        "mount -t tmpfs -o size=3m none \"$STORE_TEST_FULL_DISK\" && exec \"$0\" --exact full_disk_process --nocapture";
     // A namespace of users as well where this does not run as root.
     let flags = if rustix::process::geteuid().is_root() { "-m" } else { "-rm" };
     let ran = Command::new("unshare")
@@ -290,7 +291,11 @@ fn a_full_disk_costs_hits_and_never_an_error() {
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&ran.stdout);
-    assert!(ran.status.success() && output.contains("ran to its end"), "{output}{}", String::from_utf8_lossy(&ran.stderr));
+    assert!(
+        ran.status.success() && output.contains("ran to its end"),
+        "{output}{}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
 }
 
 #[test]
