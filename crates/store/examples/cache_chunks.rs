@@ -80,7 +80,9 @@ fn main() {
         reads.len(),
         reads.iter().map(ByteRange::len).sum::<u64>() >> 20
     );
-    println!("chunk KiB  requests  MiB fetched  reckoned s  hit p50 us  p99 us  (per read, frames decompressed and checked)");
+    println!(
+        "chunk KiB  requests  MiB fetched  reckoned s  hit p50 us  p99 us  (per read, frames decompressed and checked)"
+    );
     let place = std::env::args().nth(1).map_or_else(std::env::temp_dir, PathBuf::from);
     for chunk in [64u32, 128, 256, 512, 1024] {
         let dir = tempfile::tempdir_in(&place).expect("a directory for the cache");

@@ -6,7 +6,7 @@ mod common;
 mod watched;
 
 use base::ByteRange;
-use common::{BLOCK, Mem, Rng, assert_same, assert_sound, publish, read_all};
+use common::{Mem, Rng, assert_same, assert_sound, publish, read_all};
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead as _, BufReader};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};

@@ -182,7 +182,7 @@ impl OpenPack {
 }
 
 /// The part of `out` (the bytes of the pack from `offset`) that chunk `number` has, and where it starts in the chunk.
-fn part<'a>(out: &'a mut [u8], offset: u64, number: u16, chunk: usize) -> (usize, &'a mut [u8]) {
+fn part(out: &mut [u8], offset: u64, number: u16, chunk: usize) -> (usize, &mut [u8]) {
     let base = u64::from(number) * chunk as u64;
     let start = base.max(offset);
     let end = (base + chunk as u64).min(offset + out.len() as u64);

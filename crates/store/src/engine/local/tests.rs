@@ -181,7 +181,8 @@ fn a_store_that_leaves_out_an_fsync_is_found_out() {
     let dir = scratch();
     let mut life = life(dir.path(), 4);
     let ops = life.ops.clone();
-    let without: [(&str, fn(&Op) -> bool); 3] = [
+    type Picks = fn(&Op) -> bool;
+    let without: [(&str, Picks); 3] = [
         ("fsync of files", |op| matches!(op, Op::Sync(_))),
         ("fsync of packs/", |op| matches!(op, Op::SyncDir(dir) if dir.ends_with("packs"))),
         ("fsync of heads/", |op| matches!(op, Op::SyncDir(dir) if dir.ends_with("heads"))),
