@@ -207,7 +207,7 @@ impl Object for OpenPack {
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         let range = ByteRange::new(offset, end);
         let shared = &*self.shared;
-        let fits = (size - 1) / shared.chunk as u64 <= u64::from(u16::MAX);
+        let fits = (size - 1) / (shared.chunk as u64) < u64::from(u16::MAX);
         let Some(numbers) = shared.numbers(&range).filter(|_| fits) else {
             return self.fetch(offset..end, buf);
         };
