@@ -20,11 +20,30 @@ struct Kept {
     taken: u64,
 }
 
+/// What is there, and what it takes in all.
+#[derive(Default)]
+struct Entries {
+    by_name: HashMap<String, Kept>,
+    taken: u64,
+}
+
+impl Entries {
+    fn insert(&mut self, name: &str, kept: Kept) {
+        self.remove(name);
+        self.taken += kept.taken;
+        self.by_name.insert(name.to_owned(), kept);
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.taken -= self.by_name.remove(name).map_or(0, |kept| kept.taken);
+    }
+}
+
 /// The folder.
 pub(crate) struct Small {
     dir: PathBuf,
     budget: AtomicU64,
-    kept: Mutex<HashMap<String, Kept>>,
+    kept: Mutex<Entries>,
     next: AtomicU64,
 }
 
@@ -36,7 +55,7 @@ impl Small {
     /// Opens or makes the folder.
     pub(crate) fn open(dir: &Path, budget: u64) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let mut kept = HashMap::new();
+        let mut kept = Entries::default();
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -44,7 +63,7 @@ impl Small {
                 fs::remove_file(entry.path())?;
                 continue;
             }
-            kept.insert(name.replace("%2F", "/"), Kept { mark: 0, taken: taken(entry.metadata()?.len()) });
+            kept.insert(&name.replace("%2F", "/"), Kept { mark: 0, taken: taken(entry.metadata()?.len()) });
         }
         let small = Self {
             dir: dir.to_owned(),
@@ -60,7 +79,7 @@ impl Small {
         self.dir.join(name.replace('/', "%2F"))
     }
 
-    fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<String, Kept>> {
+    fn kept(&self) -> std::sync::MutexGuard<'_, Entries> {
         self.kept.lock().expect("no panic while small objects are locked")
     }
 
@@ -68,23 +87,22 @@ impl Small {
     pub(crate) fn set_budget(&self, bytes: u64) -> io::Result<()> {
         self.budget.store(bytes, Ordering::Relaxed);
         let mut kept = self.kept();
-        let mut used: u64 = kept.values().map(|kept| kept.taken).sum();
         // The key goes last: without it nothing can be opened.
-        let mut names: Vec<String> = kept.keys().cloned().collect();
+        let mut names: Vec<String> = kept.by_name.keys().cloned().collect();
         names.sort_unstable_by_key(|name| (name == "key", name.clone()));
         for name in names {
-            if used <= bytes {
+            if kept.taken <= bytes {
                 break;
             }
             not_found_is_fine(fs::remove_file(self.path(&name)))?;
-            used -= kept.remove(&name).map_or(0, |kept| kept.taken);
+            kept.remove(&name);
         }
         Ok(())
     }
 
     /// Bytes taken.
     pub(crate) fn taken(&self) -> u64 {
-        self.kept().values().map(|kept| kept.taken).sum()
+        self.kept().taken
     }
 
     /// Keeps an object where there is room for it; an older one of that name goes in any case.
@@ -92,11 +110,11 @@ impl Small {
         let sum = blake3::hash(bytes);
         let mark = u64::from_le_bytes(sum.as_bytes()[..8].try_into().expect("eight bytes")).max(1);
         let mut kept = self.kept();
-        if kept.get(name).is_some_and(|kept| kept.mark == mark) {
+        if kept.by_name.get(name).is_some_and(|kept| kept.mark == mark) {
             return Ok(());
         }
         let new = taken((bytes.len() + SUM) as u64);
-        let others: u64 = kept.iter().filter(|(there, _)| *there != name).map(|(_, kept)| kept.taken).sum();
+        let others = kept.taken - kept.by_name.get(name).map_or(0, |kept| kept.taken);
         if others + new > self.budget.load(Ordering::Relaxed) {
             kept.remove(name);
             return not_found_is_fine(fs::remove_file(self.path(name)));
@@ -111,7 +129,7 @@ impl Small {
             let _ = fs::remove_file(self.path(name));
             return Err(error);
         }
-        kept.insert(name.to_owned(), Kept { mark, taken: new });
+        kept.insert(name, Kept { mark, taken: new });
         Ok(())
     }
 
@@ -139,7 +157,7 @@ impl Small {
 
     /// Names that start with `prefix`.
     pub(crate) fn names(&self, prefix: &str) -> Vec<String> {
-        self.kept().keys().filter(|name| name.starts_with(prefix)).cloned().collect()
+        self.kept().by_name.keys().filter(|name| name.starts_with(prefix)).cloned().collect()
     }
 }
 

@@ -698,8 +698,11 @@ impl Engine for Cached {
 
     fn heads(&self) -> io::Result<Vec<String>> {
         let names = self.shared.listed("list/heads", || self.shared.origin.heads())?;
-        let there = |copy: &String| copy.strip_prefix("heads/").is_some_and(|name| !names.iter().any(|n| n == name));
-        self.shared.small.names("heads/").iter().filter(|c| there(c)).for_each(|copy| self.shared.forget_small(copy));
+        // Sorted, whether asked for or a copy.
+        let is_gone = |copy: &&String| {
+            copy.strip_prefix("heads/").is_some_and(|name| names.binary_search_by(|n| n.as_str().cmp(name)).is_err())
+        };
+        self.shared.small.names("heads/").iter().filter(is_gone).for_each(|copy| self.shared.forget_small(copy));
         Ok(names)
     }
 
