@@ -3,7 +3,9 @@
 //! A mirror may be killed and replaced at any time. A call that loses its connection connects again and repeats
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
-use crate::control::{Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, ViewChanges};
+use crate::control::{
+    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, ViewChanges,
+};
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::de::DeserializeOwned;
@@ -135,6 +137,22 @@ impl Client {
     /// Files could not be removed.
     pub fn remove(&mut self, ids: &[u64]) -> Answer<Removed> {
         self.call_slow(&Request::Remove { ids: ids.to_vec() })
+    }
+
+    /// Serves a disk over NBD; when this returns clients can connect.
+    ///
+    /// # Errors
+    /// The name is taken, there is no such disk, or the socket cannot be made.
+    pub fn add_export(&mut self, spec: ExportSpec) -> Answer<()> {
+        self.call(&Request::AddExport(spec))
+    }
+
+    /// Ends an export; whether it was there. What was written to it is durable then.
+    ///
+    /// # Errors
+    /// What was written cannot be made durable; it is no longer served all the same.
+    pub fn remove_export(&mut self, name: &str) -> Answer<bool> {
+        self.call_slow(&Request::RemoveExport { name: name.to_owned() })
     }
 
     /// Every object.

@@ -65,6 +65,40 @@ pub struct OverlaySpec {
     pub below: Below,
 }
 
+/// A disk to serve over NBD.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportSpec {
+    /// Its name, also in the protocol; clients that name none get it as well.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Absolute path of its socket, mode 0600.
+    pub socket: PathBuf,
+    /// What is served.
+    pub source: ExportSource,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether it ends with its last connection, or when for a minute nobody connects.
+    pub ephemeral: bool,
+}
+
+/// What an export serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportSource {
+    /// A disk, by id. It cannot be removed while it is served.
+    Overlay(u64),
+    /// A version of the store, in text, of so many bytes; never writable.
+    Version {
+        /// The version.
+        version: String,
+        /// Bytes.
+        size: u64,
+        /// Bytes in a block.
+        block_size: u64,
+    },
+}
+
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -88,6 +122,10 @@ pub enum Request {
     Flush { id: u64 },
     /// Removes objects; those that others stand on go when the last of these goes. Answer: [`Removed`].
     Remove { ids: Vec<u64> },
+    /// Serves a disk over NBD, until it is told not to or, where it is ephemeral, until nobody uses it.
+    AddExport(ExportSpec),
+    /// Ends an export; what was written is durable when this is answered. Answer: whether it was there.
+    RemoveExport { name: String },
     /// Every object. Answer: [`Listing`].
     List,
     /// Counts the faults of a process for a VM.
@@ -174,6 +212,18 @@ pub struct Listing {
     pub deferred: Vec<u64>,
     /// VMs and their processes.
     pub vms: HashMap<String, u32>,
+    /// What is served over NBD.
+    #[serde(default)]
+    pub exports: Vec<ExportEntry>,
+}
+
+/// An export, listed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportEntry {
+    /// As it was added.
+    pub spec: ExportSpec,
+    /// Clients connected now.
+    pub connections: u64,
 }
 
 /// A RAM file, listed.

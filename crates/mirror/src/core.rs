@@ -2,6 +2,7 @@
 
 use crate::control::{Problem, Stats};
 use crate::front::name_of;
+use crate::front::nbd::Exports;
 use crate::front::session::Session;
 use crate::front::waiting::WaitingRoom;
 use crate::front::workers::Crew;
@@ -33,6 +34,7 @@ pub(crate) struct Core {
     pub(crate) waiting: WaitingRoom,
     pub(crate) problems: Problems,
     pub(crate) crew: Crew,
+    pub(crate) exports: Exports,
     pub(crate) max_readahead: u32,
     /// RAM files removed by this mirror: reads of them are over.
     pub(crate) removed: Mutex<HashSet<u64>>,

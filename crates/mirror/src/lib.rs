@@ -4,6 +4,7 @@
 //! <home>/mnt/ram/<id>     RAM file: zeros, ancestors' pages, and its own from a holder or the store   read-only
 //! <home>/mnt/disk/<id>    disk overlay: copy-on-reference, copy-on-write                              writable
 //! <home>/run/mirror.sock  control: JSON lines, see `control`; `client` speaks it
+//! any unix socket         NBD exports of disks and of versions
 //! <home>/mirror/          descriptions of the objects, layers of the disks
 //! ```
 //!
@@ -33,7 +34,7 @@ mod stats;
 mod store_versions;
 
 pub use client::{Client, ClientError, fuse_fd_of};
-pub use control::{Below, OverlaySpec, RamSource, RamSpec};
+pub use control::{Below, ExportSource, ExportSpec, OverlaySpec, RamSource, RamSpec};
 pub use ram::{Holder, process_start};
 pub use resolve::{VersionError, Versions};
 pub use stats::{BUCKETS, VmStats};
@@ -166,12 +167,14 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         waiting: front::waiting::WaitingRoom::default(),
         problems: Problems::default(),
         crew: workers::Crew::default(),
+        exports: front::nbd::Exports::new(home.clone()),
         max_readahead: config.max_readahead,
         removed: std::sync::Mutex::default(),
         ending: std::sync::atomic::AtomicBool::new(false),
         done,
     });
     let (server, listener) = Server::bind(core.clone(), home).map_err(failed("open its control socket"))?;
+    core.exports.restore(&core);
     let started = spawn("mirror-accept", move || server.serve(&listener))
         .and_then(|()| start_helpers(&core))
         .and_then(|()| workers::start(&core, config.threads.max(1)));

@@ -1,5 +1,6 @@
 //! Where bytes of versions come from: the narrow door to the store.
 
+use base::ByteRange;
 use thiserror::Error;
 
 /// The store, as the mirror sees it.
@@ -13,6 +14,14 @@ pub trait Versions: Send + Sync {
     /// The bytes are not to be had now ([`VersionError::Unavailable`]) or are not what the version names
     /// ([`VersionError::Corrupt`]); `buf` then holds anything and must not be used.
     fn read_at(&self, version: &str, offset: u64, buf: &mut [u8]) -> Result<u64, VersionError>;
+
+    /// The ranges within `range` that may be other than zero, ascending and cut to it, without reading their bytes;
+    /// and how far the answer reaches: the end of `range`, or less where it would have more than `most` ranges. What
+    /// lies past the version's end is zero.
+    ///
+    /// # Errors
+    /// As [`Versions::read_at`].
+    fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError>;
 }
 
 /// Why a version's bytes cannot be served.
@@ -45,6 +54,7 @@ pub(crate) mod double {
     //! Versions held in memory, for tests.
 
     use super::{VersionError, Versions};
+    use base::ByteRange;
     use std::collections::HashMap;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -76,6 +86,26 @@ pub(crate) mod double {
             buf[..len].copy_from_slice(&bytes[from..from + len]);
             buf[len..].fill(0);
             Ok(len as u64 / 2)
+        }
+
+        fn data_ranges(
+            &self,
+            version: &str,
+            range: ByteRange,
+            most: usize,
+        ) -> Result<(Vec<ByteRange>, u64), VersionError> {
+            let mut bytes = vec![0; range.len() as usize];
+            self.read_at(version, range.start, &mut bytes)?;
+            let mut found: Vec<ByteRange> = Vec::new();
+            for (at, _) in (range.start..).zip(bytes).filter(|(_, b)| *b != 0) {
+                let full = found.len() == most;
+                match found.last_mut() {
+                    Some(last) if last.end == at => last.end = at + 1,
+                    _ if full => return Ok((found, at)),
+                    _ => found.push(ByteRange::new(at, at + 1)),
+                }
+            }
+            Ok((found, range.end))
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The control socket.
 
-use crate::control::{Hello, Queued, Reply, Request};
+use crate::control::{Hello, Queued, Removed, Reply, Request};
 use crate::core::Core;
 use crate::home::{Home, read_json_or_default, replace_json};
 use base::ByteRange;
@@ -119,16 +119,13 @@ impl Server {
             Request::View { id } => send(stream, &reply(objects.view_changes(id))),
             Request::SetViewCommitted { id, version } => send(stream, &reply(objects.set_view_committed(id, &version))),
             Request::Flush { id } => send(stream, &reply(objects.flush(id))),
-            Request::Remove { ids } => {
-                let done = objects.remove(&ids).map(|(report, gone)| {
-                    core.withdraw(&gone);
-                    report
-                });
-                send(stream, &reply(done))
-            }
+            Request::Remove { ids } => send(stream, &reply(self.remove(&ids))),
+            Request::AddExport(spec) => send(stream, &reply(core.exports.add(&self.core, spec))),
+            Request::RemoveExport { name } => send(stream, &reply(core.exports.remove(core, &name))),
             Request::List => {
                 let mut listing = objects.list();
                 listing.vms = core.vms.registered();
+                listing.exports = core.exports.list();
                 send(stream, &Reply::Ok(listing))
             }
             Request::RegisterVm { vm, pid } => {
@@ -154,6 +151,15 @@ impl Server {
         }
     }
 
+    fn remove(&self, ids: &[u64]) -> Result<Removed, String> {
+        if let Some((id, name)) = ids.iter().find_map(|id| Some((id, self.core.exports.of_overlay(*id)?))) {
+            return Err(format!("disk {id:016x} is served as NBD export {name}; stop that first"));
+        }
+        let (report, gone) = self.core.objects.remove(ids).map_err(|e| e.to_string())?;
+        self.core.withdraw(&gone);
+        Ok(report)
+    }
+
     fn prefetch(&self, object: u64, ranges: &[(u64, u64)], vm: Option<String>) -> Result<Queued, String> {
         if self.core.objects.ram(object).is_none() && self.core.objects.overlay(object).is_none() {
             return Err(format!("there is no RAM file or overlay {object:016x}"));
@@ -171,6 +177,7 @@ impl Server {
 
     /// Leaves nothing behind but what is durable.
     fn unmount(&self) -> Result<(), String> {
+        self.core.exports.remove_all(&self.core);
         self.core.objects.flush_all().map_err(|e| e.to_string())?;
         self.core.ending.store(true, Ordering::Release);
         let unmounted = crate::front::session::unmount(&self.home.mnt()).and_then(|()| self.home.unmount_live());

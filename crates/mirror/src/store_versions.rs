@@ -1,6 +1,7 @@
 //! Versions of the store itself.
 
 use crate::resolve::{VersionError, Versions};
+use base::ByteRange;
 use std::error::Error as _;
 use std::path::Path;
 use store::{Error, Mode, Store, Version};
@@ -30,13 +31,25 @@ impl Versions for StoreVersions {
         if inside.is_empty() {
             return Ok(0);
         }
-        match self.store.read_at(&parsed, offset, inside) {
-            Ok(stat) => Ok(stat.stored_bytes),
-            Err(e @ Error::Corrupt { .. }) => {
-                Err(VersionError::Corrupt { version: version.to_owned(), offset, why: with_sources(&e) })
-            }
-            Err(e) => Err(unavailable(with_sources(&e))),
-        }
+        let read = self.store.read_at(&parsed, offset, inside);
+        read.map(|stat| stat.stored_bytes).map_err(|e| failed(version, offset, &e))
+    }
+
+    fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError> {
+        let offset = range.start;
+        let unavailable = |why: String| VersionError::Unavailable { version: version.to_owned(), offset, why };
+        let parsed: Version = version.parse().map_err(|e| unavailable(format!("not a version: {e}")))?;
+        let inside = ByteRange::new(range.start.min(parsed.size), range.end.min(parsed.size));
+        let found = self.store.data_ranges_in(&parsed, inside, most).map_err(|e| failed(version, offset, &e))?;
+        Ok(if found.1 == inside.end { (found.0, range.end) } else { found })
+    }
+}
+
+fn failed(version: &str, offset: u64, error: &Error) -> VersionError {
+    let (version, why) = (version.to_owned(), with_sources(error));
+    match error {
+        Error::Corrupt { .. } => VersionError::Corrupt { version, offset, why },
+        _ => VersionError::Unavailable { version, offset, why },
     }
 }
 

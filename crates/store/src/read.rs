@@ -100,6 +100,41 @@ impl Store {
         })
     }
 
+    /// The runs of blocks within `range` that are not zero, ascending and cut to it; and how far the answer reaches:
+    /// the end of `range`, or less where it would have more than `most` runs. Asks the tree alone and reads no data.
+    ///
+    /// # Errors
+    /// As [`Store::read_at`].
+    pub fn data_ranges_in(
+        &self,
+        version: &Version,
+        range: ByteRange,
+        most: usize,
+    ) -> Result<(Vec<ByteRange>, u64), Error> {
+        if range.end > version.size {
+            return Err(Error::OutOfRange { offset: range.start, len: range.len(), size: version.size });
+        }
+        let block = u64::from(version.block_size);
+        let blocks = range.start / block..range.end.div_ceil(block);
+        self.refreshed(|| {
+            let mut out = Runs::new(version.block_size, version.size);
+            let mut reached = range.end;
+            tree::walk(self, tree_of(version), blocks.clone(), &mut |run| {
+                if run.name.is_some() {
+                    out.push(run.start);
+                }
+                if out.ranges.len() > most {
+                    reached = run.start * block;
+                    out.ranges.pop();
+                    return false;
+                }
+                true
+            })?;
+            let cut = |found: &ByteRange| found.intersect(&range);
+            Ok((out.ranges.iter().filter_map(cut).collect(), reached))
+        })
+    }
+
     /// The runs of blocks that differ, ascending. Bytes beyond the end of the shorter version count as zero.
     /// Visits only what differs.
     ///

@@ -12,8 +12,9 @@ use super::states::{CHUNK, State, StateMap};
 use crate::home::{Home, at, sync_dir};
 use base::ByteRange;
 use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::ReadWriteFlags;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -156,6 +157,13 @@ impl Layer {
         self.data.read_exact_at(buf, offset)
     }
 
+    /// As [`Layer::read_data`], but only where no disk has to be waited for; false: it would be.
+    pub(crate) fn read_data_now(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let mut parts = [IoSliceMut::new(buf)];
+        let len = parts[0].len();
+        rustix::io::preadv2(&self.data, &mut parts, offset, ReadWriteFlags::NOWAIT).is_ok_and(|got| got == len)
+    }
+
     /// The ranges of bytes that the guest wrote, and those it zeroed.
     pub(crate) fn changes(&self) -> (Vec<ByteRange>, Vec<ByteRange>) {
         let (mut written, mut zeroed) = (Vec::new(), Vec::new());
@@ -265,11 +273,20 @@ impl Hold<'_> {
         self.layer.write_data(block * self.layer.block_size + within, data)
     }
 
-    /// The guest zeroed or discarded whole blocks.
-    pub(crate) fn zero_blocks(&self, run: Range<u64>) -> io::Result<()> {
+    /// The guest zeroed or discarded whole blocks. With `keep_space` the room for them is there when they are written
+    /// again, or there is an error now; else it is given back.
+    pub(crate) fn zero_blocks(&self, run: Range<u64>, keep_space: bool) -> io::Result<()> {
         self.check(&run);
-        self.layer.record(run.clone(), State::DirtyZero)?;
         let (offset, len) = (run.start * self.layer.block_size, (run.end - run.start) * self.layer.block_size);
+        if keep_space {
+            match rustix::fs::fallocate(&self.layer.data, FallocateFlags::KEEP_SIZE, offset, len) {
+                // A file system that cannot promise room has none to keep.
+                Err(rustix::io::Errno::OPNOTSUPP) | Ok(()) => {}
+                Err(e) => return Err(e.into()),
+            }
+            return self.layer.record(run, State::DirtyZero);
+        }
+        self.layer.record(run.clone(), State::DirtyZero)?;
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.layer.data, punch, offset, len) {
             // The state already says zero; the hole only gives space back.

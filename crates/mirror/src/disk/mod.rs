@@ -11,12 +11,14 @@
 //! read from the committed version, and no longer from what lay below: the depth stays constant over any number
 //! of forks.
 
+mod extents;
 mod layer;
 mod overlay;
 mod pool;
 mod states;
 
-pub(crate) use layer::Layer;
+pub(crate) use extents::{Extent, of_version};
+pub(crate) use layer::{Layer, is_zero};
 pub(crate) use overlay::{DiskError, Lower, Overlay, Stack, View};
 pub(crate) use pool::Pool;
 

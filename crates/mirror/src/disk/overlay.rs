@@ -212,8 +212,49 @@ impl Overlay {
         Ok(tally)
     }
 
-    /// Zeroes `len` bytes from `offset`: whole blocks give their space back.
-    pub(crate) fn zero(&self, versions: &dyn Versions, offset: u64, len: u64) -> Result<(), DiskError> {
+    /// Reads `buf` from `offset` where nobody has to be waited for, neither a disk nor the store; false: somebody
+    /// would have to be, and `buf` holds anything.
+    pub(crate) fn read_now(&self, offset: u64, buf: &mut [u8]) -> bool {
+        assert!(offset + buf.len() as u64 <= self.size, "read of {} at {offset} of {}", buf.len(), self.size);
+        let stack = self.stack();
+        read_now(&stack.top, &stack.lower, self.block_size, offset, buf)
+    }
+
+    /// Whether a write of these bytes asks the store for nothing: its first and last block are whole or are here.
+    pub(crate) fn writes_locally(&self, offset: u64, len: u64) -> bool {
+        let (size, end) = (self.block_size, offset + len);
+        let stack = self.stack();
+        let here = |block: u64| stack.top.run(block, block + 1).0 != State::Absent;
+        (offset.is_multiple_of(size) || here(offset / size)) && (end.is_multiple_of(size) || here(end / size))
+    }
+
+    /// Gives back the space of the whole blocks among `len` bytes from `offset`, which are zero from then on.
+    pub(crate) fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        assert!(offset + len <= self.size, "discarding {len} at {offset} of {}", self.size);
+        let end = offset + len;
+        let last = if end == self.size { end.div_ceil(self.block_size) } else { end / self.block_size };
+        Ok(self.zero_whole(offset.div_ceil(self.block_size)..last, false)?)
+    }
+
+    /// Zeroes whole blocks, in steps.
+    fn zero_whole(&self, blocks: Range<u64>, keep_space: bool) -> io::Result<()> {
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let step = at..blocks.end.min(at + (ZERO_STEP / self.block_size).max(1));
+            at = step.end;
+            self.with_top(step.clone(), |hold| hold.zero_blocks(step, keep_space))?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes `len` bytes from `offset`. Whole blocks give their space back, or with `keep_space` keep it.
+    pub(crate) fn zero(
+        &self,
+        versions: &dyn Versions,
+        offset: u64,
+        len: u64,
+        keep_space: bool,
+    ) -> Result<(), DiskError> {
         assert!(offset + len <= self.size, "zeroing {len} at {offset} of {}", self.size);
         let (size, end) = (self.block_size, offset + len);
         let first = offset.div_ceil(size);
@@ -224,12 +265,7 @@ impl Overlay {
         }
         let head = (first * size - offset).min(len);
         self.write(versions, offset, &vec![0; head as usize])?;
-        let mut at = first;
-        while at < last {
-            let step = at..last.min(at + (ZERO_STEP / size).max(1));
-            at = step.end;
-            self.with_top(step.clone(), |hold| hold.zero_blocks(step))?;
-        }
+        self.zero_whole(first..last, keep_space)?;
         let tail = end.saturating_sub(last * size);
         self.write(versions, end - tail, &vec![0; tail as usize]).map(drop)
     }
@@ -275,6 +311,31 @@ impl Overlay {
             below = Some((stack.top.clone(), whole));
         }
     }
+}
+
+/// See [`Overlay::read_now`].
+fn read_now(layer: &Layer, lower: &Lower, size: u64, offset: u64, buf: &mut [u8]) -> bool {
+    let end = offset + buf.len() as u64;
+    let mut at = offset;
+    while at < end {
+        let (state, run_end) = layer.run(at / size, end.div_ceil(size));
+        let run_end = (run_end * size).min(end);
+        let out = &mut buf[(at - offset) as usize..(run_end - offset) as usize];
+        let here = match (state, lower) {
+            (State::Clean | State::Dirty, _) => layer.read_data_now(at, out),
+            (State::DirtyZero | State::CleanZero, _) | (State::Absent, Lower::Zero) => {
+                out.fill(0);
+                true
+            }
+            (State::Absent, Lower::View(view)) => read_now(&view.layer, &view.lower(), size, at, out),
+            (State::Absent, Lower::Version(_)) => false,
+        };
+        if !here {
+            return false;
+        }
+        at = run_end;
+    }
+    true
 }
 
 /// Reads whole blocks as the stack shows them, and keeps in its top what came from the store.

@@ -53,7 +53,7 @@ fn what_is_kept_never_replaces_what_was_written() {
         Layer::create(&home, Blank::open(&home, 20).unwrap(), 8, 4096).unwrap()
     };
     layer.hold(2..3).write_blocks(2, &[2; 4096]).unwrap();
-    layer.hold(3..4).zero_blocks(3..4).unwrap();
+    layer.hold(3..4).zero_blocks(3..4, false).unwrap();
     layer.hold(0..8).keep(0, &[9; 8 * 4096]).unwrap();
     let states: Vec<State> = (0..5).map(|b| layer.run(b, b + 1).0).collect();
     assert_eq!(states, [State::Clean, State::Clean, State::Dirty, State::DirtyZero, State::Clean]);

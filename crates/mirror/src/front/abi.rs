@@ -30,6 +30,7 @@ pub(crate) mod op {
     pub(crate) const DESTROY: u32 = 38;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
+    pub(crate) const LSEEK: u32 = 46;
 }
 
 /// Flags of INIT; the second word's bits stand above 32.

@@ -15,6 +15,7 @@ use crate::objects::{Object, ObjectError};
 use crate::ram::{RamError, RamObject, RamTally};
 use crate::resolve::VersionError;
 use crate::stats::{Counters, add, is_dying};
+use base::ByteRange;
 use rustix::io::Errno;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,11 @@ const DISK: u64 = 3;
 /// How often and how far apart a disk read asks the store again before the guest is told.
 const STORE_TRIES: u32 = 4;
 const STORE_PAUSE: Duration = Duration::from_millis(50);
+
+/// The most that one seek looks over: the kernel lets nobody else change the file's attributes meanwhile.
+const SEEK_SPAN: u64 = 64 << 30;
+/// Extents asked for at a time.
+const SEEK_EXTENTS: usize = 16;
 
 /// What the kernel is told.
 pub(crate) enum Answer {
@@ -63,13 +69,14 @@ impl Core {
             op::OPEN => self.open(header.node, u32_at(body, 0)),
             op::FSYNC => self.fsync(header.node),
             op::FALLOCATE => self.fallocate(header.node, u64_at(body, 8), u64_at(body, 16), u32_at(body, 24)),
+            op::LSEEK => self.seek(header.node, u64_at(body, 8), u32_at(body, 16)),
             op::READDIR => self.read_dir(header.node, u64_at(body, 8), u32_at(body, 16) as usize),
             op::INIT => self.init(body),
             op::STATFS => Answer::Body(Body::default().bytes(&[0; 40]).u32(4096).u32(255).u32(4096).bytes(&[0; 28]).0),
             op::OPENDIR => Answer::Body(vec![0; 16]),
             op::RELEASE | op::RELEASEDIR | op::FLUSH | op::FSYNCDIR | op::DESTROY => Answer::Body(Vec::new()),
             op::FORGET | op::BATCH_FORGET => Answer::Nothing,
-            // The kernel then never asks again: attributes, locks, seeks, access and the like are its own matter.
+            // The kernel then never asks again: attributes, locks, access and the like are its own matter.
             _ => Answer::Error(Errno::NOSYS),
         }
     }
@@ -302,9 +309,50 @@ impl Core {
         let end = offset.checked_add(len).filter(|_| offset < disk.size);
         let Some(end) = end.filter(|&end| keeps_size || end <= disk.size) else { return Answer::Error(Errno::FBIG) };
         let len = end.min(disk.size) - offset;
-        match self.ask_again(|| disk.zero(self.objects.versions(), offset, len)) {
+        match self.ask_again(|| disk.zero(self.objects.versions(), offset, len, false)) {
             Ok(()) => Answer::Body(Vec::new()),
             Err(e) => self.disk_failed(disk.id, &e),
+        }
+    }
+
+    /// SEEK_DATA and SEEK_HOLE; all others are the kernel's own matter.
+    fn seek(&self, node: u64, offset: u64, whence: u32) -> Answer {
+        let found = |at: u64| Answer::Body(Body::default().u64(at).0);
+        let data = match whence.cast_signed() {
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
+            _ => return Answer::Error(Errno::INVAL),
+        };
+        let disk = match self.objects.get(node) {
+            Some(Object::Overlay(disk)) => disk,
+            // All data up to its end: holes in RAM are nobody's business.
+            Some(Object::Ram(ram)) if offset < ram.map.size() => {
+                return found(if data { offset } else { ram.map.size() });
+            }
+            Some(Object::Ram(_)) => return Answer::Error(Errno::NXIO),
+            _ => return Answer::Error(Errno::STALE),
+        };
+        if offset >= disk.size {
+            return Answer::Error(Errno::NXIO);
+        }
+        let (mut at, until) = (offset, disk.size.min(offset.saturating_add(SEEK_SPAN)));
+        while at < until {
+            let step = ByteRange::new(at, until.min(at + (1 << 30)));
+            let extents = match self.ask_again(|| disk.extents(self.objects.versions(), step, SEEK_EXTENTS)) {
+                Ok(extents) => extents,
+                Err(e) => return self.disk_failed(disk.id, &e),
+            };
+            for extent in extents {
+                if extent.kind.zero != data {
+                    return found(at);
+                }
+                at = extent.end;
+            }
+        }
+        match (data, at == disk.size) {
+            (true, true) => Answer::Error(Errno::NXIO),
+            // A hole that is none, or data that are zero, cost the asker another question and nothing else.
+            _ => found(at),
         }
     }
 
@@ -327,7 +375,8 @@ impl Core {
         }
     }
 
-    fn ask_again<T>(&self, mut ask: impl FnMut() -> Result<T, DiskError>) -> Result<T, DiskError> {
+    /// Asks again where the store cannot answer now; a guest, or a client, is told only when it does not come back.
+    pub(crate) fn ask_again<T>(&self, mut ask: impl FnMut() -> Result<T, DiskError>) -> Result<T, DiskError> {
         let mut tries = 1;
         loop {
             match ask() {

@@ -1,4 +1,4 @@
-//! The FUSE front: a thin server of our own on `/dev/fuse`.
+//! The fronts. NBD is in [`nbd`]; the rest is FUSE: a thin server of our own on `/dev/fuse`.
 //!
 //! Why not a library: a mirror that takes over must not begin with INIT, must send RESEND before it reads, answers
 //! requests later and from another thread (reads that wait), and pushes pages; and the whole protocol that is left
@@ -11,6 +11,7 @@
 pub(crate) mod abi;
 mod files;
 pub(crate) use files::name_of;
+pub(crate) mod nbd;
 pub(crate) mod session;
 pub(crate) mod waiting;
 pub(crate) mod workers;

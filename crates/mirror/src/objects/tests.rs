@@ -67,7 +67,7 @@ impl World {
     }
 
     fn zero(&self, id: u64, offset: u64, len: u64) {
-        self.o().overlay(id).unwrap().zero(&*self.versions, offset, len).unwrap();
+        self.o().overlay(id).unwrap().zero(&*self.versions, offset, len, false).unwrap();
     }
 
     /// What the daemon does behind a mark: reads the view's changes, makes a version of them, says so.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+use base::ByteRange;
 use mirror::{Client, Config, VersionError, Versions, disk_path, ram_path, socket_path};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -41,6 +42,23 @@ impl Versions for FileVersions {
         }
         buf[done..].fill(0);
         Ok(done as u64)
+    }
+
+    fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError> {
+        let mut found: Vec<ByteRange> = Vec::new();
+        let mut page = [0; PAGE];
+        for at in (range.start - range.start % PAGE as u64..range.end).step_by(PAGE) {
+            self.read_at(version, at, &mut page)?;
+            let Some(here) = ByteRange::at(at, PAGE as u64).intersect(&range) else { continue };
+            let full = found.len() == most;
+            match found.last_mut() {
+                _ if page == [0; PAGE] => {}
+                Some(last) if last.end == here.start => last.end = here.end,
+                _ if full => return Ok((found, here.start)),
+                _ => found.push(here),
+            }
+        }
+        Ok((found, range.end))
     }
 }
 

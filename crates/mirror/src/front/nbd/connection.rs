@@ -1,0 +1,578 @@
+//! One connection after its handshake: requests in, replies out.
+//!
+//! One worker has the *lead*: it reads requests and answers at once those that wait for nobody. Before it takes on
+//! anything slow (the store, a disk that is not in the page cache, a flush) it gives the lead to another worker,
+//! started if none is free, so that a slow request delays nobody behind it. A client that asks one thing at a time
+//! thus costs one thread and no switch between threads; one that asks many at once has them worked in parallel, and
+//! answered in the order in which they are done.
+
+use super::Export;
+use super::handshake::Agreed;
+use super::wire::{REQUEST_LEN, Request, STATE_HOLE, STATE_ZERO, chunk, chunk_head, cmd, err, flag, simple_reply};
+use crate::core::Core;
+use crate::disk::{DiskError, Extent, is_zero};
+use base::ByteRange;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Workers of one connection at most.
+const WORKERS_MAX: usize = 16;
+/// Free workers that a connection keeps.
+const FREE_MAX: usize = 2;
+/// What is moved at a time; a longer request takes several.
+const PIECE: usize = 1 << 20;
+/// Bytes read ahead from the socket.
+const AHEAD: usize = 32 << 10;
+/// Requests of this length are worth another worker when more are waiting.
+const LONG: u32 = 64 << 10;
+/// Replies gathered at most before they are sent.
+const GATHER: usize = 64 << 10;
+/// Runs of zeros of this length, and so aligned in their request, are sent as holes.
+const HOLE: usize = 32 << 10;
+/// The most that a zeroing may cover and still be answered by the leader.
+const ZERO_QUICK: u32 = 32 << 20;
+/// Extents in one reply, and bytes that they may cover.
+const EXTENTS_MAX: usize = 4096;
+const EXTENTS_SPAN: u64 = 1 << 30;
+
+/// One client's connection.
+pub(super) struct Connection {
+    core: Arc<Core>,
+    export: Arc<Export>,
+    agreed: Agreed,
+    stream: UnixStream,
+    /// Whoever holds it has the lead.
+    input: Mutex<Input>,
+    /// Held while a reply is sent.
+    output: Mutex<()>,
+    workers: AtomicUsize,
+    /// Workers that wait for the lead.
+    free: AtomicUsize,
+}
+
+/// What was read ahead.
+struct Input {
+    buf: Box<[u8]>,
+    start: usize,
+    end: usize,
+    over: bool,
+}
+
+/// Replies gathered while more requests are at hand.
+#[derive(Default)]
+struct Gathered(Vec<u8>);
+
+/// Why a request fails: its number, and words where there are any.
+struct Failure(u32, String);
+
+impl From<u32> for Failure {
+    fn from(number: u32) -> Self {
+        Self(number, String::new())
+    }
+}
+
+impl Input {
+    /// Makes `len` bytes be there; false: the client has ended the connection.
+    fn fill(&mut self, mut stream: &UnixStream, len: usize) -> io::Result<bool> {
+        while self.end - self.start < len {
+            if self.start == self.end {
+                (self.start, self.end) = (0, 0);
+            } else if self.start + len > self.buf.len() {
+                self.buf.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, self.end - self.start);
+            }
+            match stream.read(&mut self.buf[self.end..]) {
+                Ok(0) if self.start == self.end => return Ok(false),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => self.end += got,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(true)
+    }
+
+    fn next(&mut self, stream: &UnixStream) -> io::Result<Option<Request>> {
+        if !self.fill(stream, REQUEST_LEN)? {
+            return Ok(None);
+        }
+        let bytes = self.buf[self.start..self.start + REQUEST_LEN].try_into().expect("as long");
+        self.start += REQUEST_LEN;
+        let garbage = || io::Error::new(io::ErrorKind::InvalidData, "the client sent no request where one must be");
+        Request::decode(bytes).map(Some).ok_or_else(garbage)
+    }
+
+    fn payload(&mut self, mut stream: &UnixStream, out: &mut [u8]) -> io::Result<()> {
+        let here = out.len().min(self.end - self.start);
+        out[..here].copy_from_slice(&self.buf[self.start..self.start + here]);
+        self.start += here;
+        stream.read_exact(&mut out[here..])
+    }
+
+    /// Whether a whole request is at hand, but for its payload.
+    fn has_more(&self) -> bool {
+        self.end - self.start >= REQUEST_LEN
+    }
+}
+
+impl Connection {
+    /// A connection that has agreed with its client.
+    pub(super) fn new(core: Arc<Core>, export: Arc<Export>, agreed: Agreed, stream: UnixStream) -> Self {
+        let input = Input { buf: vec![0; AHEAD].into(), start: 0, end: 0, over: false };
+        let (workers, free) = (AtomicUsize::new(1), AtomicUsize::new(0));
+        Self { core, export, agreed, stream, input: Mutex::new(input), output: Mutex::default(), workers, free }
+    }
+
+    /// Serves on the calling thread, the first worker. The last of them to end calls `over`.
+    pub(super) fn serve(self: &Arc<Self>, over: impl FnOnce() + Clone + Send + 'static) {
+        self.work(&over);
+        if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            over();
+        }
+    }
+
+    fn work<F: FnOnce() + Clone + Send + 'static>(self: &Arc<Self>, over: &F) {
+        let (mut buf, mut gathered) = (Vec::new(), Gathered::default());
+        loop {
+            self.free.fetch_add(1, Ordering::AcqRel);
+            let mut input = self.input.lock().expect("no leader panics");
+            self.free.fetch_sub(1, Ordering::AcqRel);
+            if input.over {
+                return;
+            }
+            let led = self.lead(&mut input, &mut buf, &mut gathered);
+            match led {
+                Ok(Some(request)) => {
+                    self.follow(over);
+                    drop(input);
+                    let served = gathered.send(self).and_then(|()| self.slow(&request, &mut buf));
+                    if let Err(e) = served {
+                        self.hang_up(&e);
+                    }
+                    if self.free.load(Ordering::Acquire) >= FREE_MAX {
+                        return;
+                    }
+                    if buf.len() > PIECE / 4 {
+                        buf = Vec::new();
+                    }
+                }
+                ended => {
+                    input.over = true;
+                    if let Err(e) = ended.map(drop).and_then(|()| gathered.send(self)) {
+                        self.hang_up(&e);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Reads requests and answers those that are quick; returns one that is not, with its payload in `buf`, or none
+    /// at the end of the connection.
+    fn lead(&self, input: &mut Input, buf: &mut Vec<u8>, gathered: &mut Gathered) -> io::Result<Option<Request>> {
+        loop {
+            if !input.has_more() {
+                gathered.send(self)?;
+            }
+            let Some(request) = input.next(&self.stream)?.filter(|r| r.command != cmd::DISC) else { return Ok(None) };
+            if request.command == cmd::WRITE {
+                if request.len > super::wire::PAYLOAD_MAX {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("the client would write {} bytes at once", request.len),
+                    ));
+                }
+                if request.len as usize > PIECE {
+                    gathered.send(self)?;
+                    self.write_long(&request, input, buf)?;
+                    continue;
+                }
+                grow(buf, request.len as usize);
+                input.payload(&self.stream, &mut buf[..request.len as usize])?;
+            }
+            let worth_sharing = request.len >= LONG && input.has_more();
+            if worth_sharing || !self.quick(&request, buf, gathered)? {
+                return Ok(Some(request));
+            }
+        }
+    }
+
+    /// Sees to it that somebody takes the lead when it is given up, unless all that may be are at work: then the first
+    /// to be done does.
+    fn follow<F: FnOnce() + Clone + Send + 'static>(self: &Arc<Self>, over: &F) {
+        let most = self.workers.load(Ordering::Acquire) >= WORKERS_MAX;
+        if self.free.load(Ordering::Acquire) > 0 || most || !self.core.exports.may_hire() {
+            return;
+        }
+        self.workers.fetch_add(1, Ordering::AcqRel);
+        let (mine, theirs) = (self.clone(), over.clone());
+        let spawned = std::thread::Builder::new().name("mirror-nbd".to_owned()).spawn(move || {
+            mine.serve(theirs);
+            mine.core.exports.dismiss();
+        });
+        if let Err(e) = spawned {
+            log::warn!("no further worker for export {}: {e}", self.export.spec.name);
+            self.core.exports.dismiss();
+            self.workers.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Ends the connection from our side.
+    fn hang_up(&self, why: &io::Error) {
+        if !self.export.is_stopped() && why.kind() != io::ErrorKind::BrokenPipe {
+            log::info!("a connection to export {} ends: {why}", self.export.spec.name);
+        }
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// What is wrong with a request by itself.
+    fn check(&self, request: &Request) -> Result<(), Failure> {
+        let allowed = match request.command {
+            cmd::READ => flag::DF,
+            cmd::WRITE_ZEROES => flag::NO_HOLE | flag::FAST_ZERO,
+            cmd::BLOCK_STATUS => flag::REQ_ONE,
+            _ => 0,
+        } | flag::FUA;
+        let changes = matches!(request.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
+        let inside = request.command == cmd::FLUSH
+            || request.end().is_some_and(|end| end <= self.export.disk.size()) && request.offset < i64::MAX as u64;
+        let one_chunk = request.flags & flag::DF != 0;
+        let number = match request.command {
+            cmd::READ..=cmd::BLOCK_STATUS if request.flags & !allowed != 0 => err::INVAL,
+            _ if changes && self.export.spec.read_only => err::PERM,
+            cmd::WRITE | cmd::WRITE_ZEROES if !inside => err::NOSPC,
+            cmd::READ | cmd::BLOCK_STATUS if request.len == 0 => err::INVAL,
+            cmd::READ if request.len > super::wire::PAYLOAD_MAX || one_chunk && !self.agreed.structured => err::INVAL,
+            cmd::READ if one_chunk && request.len as usize > PIECE => err::OVERFLOW,
+            cmd::BLOCK_STATUS if self.agreed.allocation.or(self.agreed.changes).is_none() => err::INVAL,
+            cmd::READ..=cmd::BLOCK_STATUS if inside => return Ok(()),
+            _ => err::INVAL,
+        };
+        Err(number.into())
+    }
+
+    /// Answers a request that waits for nobody; false: it would wait.
+    fn quick(&self, request: &Request, buf: &mut Vec<u8>, gathered: &mut Gathered) -> io::Result<bool> {
+        if let Err(failure) = self.check(request) {
+            gathered.refuse(self, request, &failure)?;
+            return Ok(true);
+        }
+        let (disk, len) = (&self.export.disk, request.len as usize);
+        let durable = request.flags & flag::FUA != 0;
+        let done = match request.command {
+            cmd::READ if len <= PIECE => {
+                let _serving = self.core.demand.serve();
+                grow(buf, len);
+                if !disk.read_now(&self.core, request.offset, &mut buf[..len]) {
+                    return Ok(false);
+                }
+                gathered.data(self, request, &buf[..len])?;
+                return Ok(true);
+            }
+            cmd::WRITE if !durable && (len == 0 || disk.writes_locally(request.offset, len as u64)) => {
+                let _serving = self.core.demand.serve();
+                disk.write(&self.core, request.offset, &buf[..len])
+            }
+            cmd::TRIM if !durable && request.len <= ZERO_QUICK => disk.discard(request.offset, len as u64),
+            cmd::WRITE_ZEROES
+                if !durable && request.len <= ZERO_QUICK && disk.writes_locally(request.offset, len as u64) =>
+            {
+                disk.zero(&self.core, request.offset, len as u64, request.flags & flag::NO_HOLE != 0)
+            }
+            _ => return Ok(false),
+        };
+        match done {
+            Ok(()) => gathered.done(self, request)?,
+            Err(e) => gathered.refuse(self, request, &self.failed(&e))?,
+        }
+        Ok(true)
+    }
+
+    /// Answers any request; the payload of a write is in `buf`.
+    fn slow(&self, request: &Request, buf: &mut Vec<u8>) -> io::Result<()> {
+        let mut out = Gathered::default();
+        if let Err(failure) = self.check(request) {
+            out.refuse(self, request, &failure)?;
+            return out.send(self);
+        }
+        let _serving = self.core.demand.serve();
+        let (disk, len) = (&self.export.disk, u64::from(request.len));
+        let done = match request.command {
+            cmd::READ => return self.read(request, buf),
+            cmd::BLOCK_STATUS => return self.block_status(request),
+            cmd::WRITE => disk.write(&self.core, request.offset, &buf[..request.len as usize]),
+            cmd::TRIM => disk.discard(request.offset, len),
+            cmd::WRITE_ZEROES => disk.zero(&self.core, request.offset, len, request.flags & flag::NO_HOLE != 0),
+            cmd::FLUSH => disk.flush(&self.core),
+            _ => {
+                // CACHE: a hint, worked behind all demand.
+                if let Some(id) = disk.overlay() {
+                    self.core.prefetch.add(id, None, [ByteRange::at(request.offset, len)]);
+                }
+                Ok(())
+            }
+        };
+        let changes = matches!(request.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
+        let durable = changes && request.flags & flag::FUA != 0;
+        match done.and_then(|()| if durable { disk.flush(&self.core) } else { Ok(()) }) {
+            Ok(()) => out.done(self, request)?,
+            Err(e) => out.refuse(self, request, &self.failed(&e))?,
+        }
+        out.send(self)
+    }
+
+    /// Reads in pieces, so that a long request needs no more memory than a short one.
+    fn read(&self, request: &Request, buf: &mut Vec<u8>) -> io::Result<()> {
+        let (len, mut done) = (request.len as usize, 0);
+        grow(buf, len.min(PIECE));
+        // The pieces of a simple reply must not be divided by other replies.
+        let mut whole = None;
+        while done < len {
+            let piece = (len - done).min(PIECE);
+            let at = request.offset + done as u64;
+            if let Err(e) = self.export.disk.read(&self.core, at, &mut buf[..piece]) {
+                let failure = self.failed(&e);
+                if !self.agreed.structured && done > 0 {
+                    // The reply has promised the rest: there is no other way to take that back.
+                    return Err(io::Error::other(failure.1));
+                }
+                let mut out = Gathered::default();
+                out.refuse(self, request, &failure)?;
+                return out.send(self);
+            }
+            let bytes = &buf[..piece];
+            if self.agreed.structured {
+                self.send_chunks(request, at, bytes, done + piece == len)?;
+            } else {
+                if done == 0 {
+                    whole = Some(self.output.lock().expect("no sender panics"));
+                    self.write_all(&mut [IoSlice::new(&simple_reply(0, request.cookie)), IoSlice::new(bytes)])?;
+                } else {
+                    self.write_all(&mut [IoSlice::new(bytes)])?;
+                }
+            }
+            done += piece;
+        }
+        drop(whole);
+        Ok(())
+    }
+
+    /// Sends a piece of a structured reply as data and holes.
+    fn send_chunks(&self, request: &Request, offset: u64, bytes: &[u8], last: bool) -> io::Result<()> {
+        let parts = if request.flags & flag::DF != 0 { vec![(bytes, false)] } else { data_and_holes(bytes) };
+        let mut at = offset;
+        let mut heads = Vec::with_capacity(parts.len());
+        for (index, (part, hole)) in parts.iter().enumerate() {
+            heads.push(part_head(request.cookie, at, part.len(), *hole, last && index + 1 == parts.len()));
+            at += part.len() as u64;
+        }
+        let mut slices = Vec::with_capacity(2 * parts.len());
+        for (head, (part, hole)) in heads.iter().zip(&parts) {
+            slices.push(IoSlice::new(head));
+            if !hole {
+                slices.push(IoSlice::new(part));
+            }
+        }
+        let _turn = self.output.lock().expect("no sender panics");
+        self.write_all(&mut slices)
+    }
+
+    fn block_status(&self, request: &Request) -> io::Result<()> {
+        let end = request.offset + u64::from(request.len).min(EXTENTS_SPAN);
+        let range = ByteRange::new(request.offset, end);
+        let one = request.flags & flag::REQ_ONE != 0;
+        // One extent of a context may be several of ours, which tell more.
+        let most = if one { 64 } else { EXTENTS_MAX };
+        let mut out = Gathered::default();
+        match self.export.disk.extents(&self.core, range, most) {
+            Ok(extents) => {
+                let contexts = [
+                    (self.agreed.allocation, allocation as fn(&Extent) -> u32),
+                    (self.agreed.changes, |e: &Extent| u32::from(e.kind.changed)),
+                ];
+                let mut contexts = contexts.into_iter().filter_map(|(id, of)| Some((id?, of))).peekable();
+                while let Some((id, of)) = contexts.next() {
+                    let mut body = id.to_be_bytes().to_vec();
+                    for (len, flags) in joined(&extents, range.start, of).into_iter().take(if one { 1 } else { most }) {
+                        body.extend(len.to_be_bytes());
+                        body.extend(flags.to_be_bytes());
+                    }
+                    let last = contexts.peek().is_none();
+                    out.0.extend(chunk_head(last, chunk::BLOCK_STATUS, request.cookie, body.len()));
+                    out.0.extend(body);
+                }
+            }
+            Err(e) => out.refuse(self, request, &self.failed(&e))?,
+        }
+        out.send(self)
+    }
+
+    /// Takes and writes a payload that is longer than a piece. After a failure the rest is taken all the same.
+    fn write_long(&self, request: &Request, input: &mut Input, buf: &mut Vec<u8>) -> io::Result<()> {
+        let mut outcome = self.check(request);
+        let _serving = self.core.demand.serve();
+        let (len, mut done) = (request.len as usize, 0);
+        grow(buf, PIECE);
+        while done < len {
+            let piece = &mut buf[..(len - done).min(PIECE)];
+            input.payload(&self.stream, piece)?;
+            if outcome.is_ok() {
+                let written = self.export.disk.write(&self.core, request.offset + done as u64, piece);
+                outcome = written.map_err(|e| self.failed(&e));
+            }
+            done += piece.len();
+        }
+        if outcome.is_ok() && request.flags & flag::FUA != 0 {
+            outcome = self.export.disk.flush(&self.core).map_err(|e| self.failed(&e));
+        }
+        let mut out = Gathered::default();
+        match outcome {
+            Ok(()) => out.done(self, request)?,
+            Err(failure) => out.refuse(self, request, &failure)?,
+        }
+        out.send(self)
+    }
+
+    fn failed(&self, error: &DiskError) -> Failure {
+        let number = match error {
+            DiskError::Version(_) => err::IO,
+            DiskError::Local(e) => match e.raw_os_error() {
+                Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => err::NOSPC,
+                Some(libc::EROFS | libc::EPERM) => err::PERM,
+                _ if self.export.is_stopped() => err::SHUTDOWN,
+                _ => err::IO,
+            },
+        };
+        Failure(number, self.export.disk.note(&self.core, error))
+    }
+
+    /// Sends all of `slices`; the caller holds the turn.
+    fn write_all(&self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        while !slices.is_empty() {
+            match (&self.stream).write_vectored(slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Gathered {
+    /// Sends what there is.
+    fn send(&mut self, to: &Connection) -> io::Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let _turn = to.output.lock().expect("no sender panics");
+        let sent = to.write_all(&mut [IoSlice::new(&self.0)]);
+        self.0.clear();
+        sent
+    }
+
+    fn make_room(&mut self, len: usize, to: &Connection) -> io::Result<()> {
+        if self.0.len() + len > GATHER { self.send(to) } else { Ok(()) }
+    }
+
+    /// A request without data is done.
+    fn done(&mut self, to: &Connection, request: &Request) -> io::Result<()> {
+        self.make_room(16, to)?;
+        self.0.extend(simple_reply(0, request.cookie));
+        Ok(())
+    }
+
+    /// A read is done. Short data are gathered, long ones sent at once and not copied.
+    fn data(&mut self, to: &Connection, request: &Request, bytes: &[u8]) -> io::Result<()> {
+        if to.agreed.structured && (bytes.len() >= HOLE || is_zero(bytes)) {
+            self.send(to)?;
+            return to.send_chunks(request, request.offset, bytes, true);
+        }
+        let head = if to.agreed.structured {
+            part_head(request.cookie, request.offset, bytes.len(), false, true)
+        } else {
+            simple_reply(0, request.cookie).to_vec()
+        };
+        if bytes.len() >= GATHER / 4 {
+            let _turn = to.output.lock().expect("no sender panics");
+            let sent = to.write_all(&mut [IoSlice::new(&self.0), IoSlice::new(&head), IoSlice::new(bytes)]);
+            self.0.clear();
+            return sent;
+        }
+        self.make_room(head.len() + bytes.len(), to)?;
+        self.0.extend(head);
+        self.0.extend(bytes);
+        Ok(())
+    }
+
+    /// A request failed.
+    fn refuse(&mut self, to: &Connection, request: &Request, failure: &Failure) -> io::Result<()> {
+        let Failure(number, words) = failure;
+        let words = &words.as_bytes()[..words.floor_char_boundary(1024.min(words.len()))];
+        self.make_room(64 + words.len(), to)?;
+        if to.agreed.structured && matches!(request.command, cmd::READ | cmd::BLOCK_STATUS) {
+            self.0.extend(chunk_head(true, chunk::ERROR, request.cookie, 6 + words.len()));
+            self.0.extend(number.to_be_bytes());
+            self.0.extend(u16::try_from(words.len()).expect("at most 1024").to_be_bytes());
+            self.0.extend(words);
+        } else {
+            self.0.extend(simple_reply(*number, request.cookie));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes in parts: long aligned runs of zeros, and what is between them.
+fn data_and_holes(bytes: &[u8]) -> Vec<(&[u8], bool)> {
+    let mut parts: Vec<(usize, usize, bool)> = Vec::new();
+    let mut at = 0;
+    for piece in bytes.chunks(HOLE) {
+        let zero = is_zero(piece) && (piece.len() == HOLE || piece.len() == bytes.len());
+        match parts.last_mut() {
+            Some((_, end, hole)) if *hole == zero => *end += piece.len(),
+            _ => parts.push((at, at + piece.len(), zero)),
+        }
+        at += piece.len();
+    }
+    parts.into_iter().map(|(start, end, hole)| (&bytes[start..end], hole)).collect()
+}
+
+/// The head of a chunk of data or of a hole, which is all of the latter.
+fn part_head(cookie: u64, offset: u64, len: usize, hole: bool, last: bool) -> Vec<u8> {
+    let kind = if hole { chunk::HOLE } else { chunk::DATA };
+    let mut head = chunk_head(last, kind, cookie, if hole { 12 } else { 8 + len }).to_vec();
+    head.extend(offset.to_be_bytes());
+    if hole {
+        head.extend(u32::try_from(len).expect("pieces are short").to_be_bytes());
+    }
+    head
+}
+
+fn allocation(extent: &Extent) -> u32 {
+    if extent.kind.zero { STATE_HOLE | STATE_ZERO } else { 0 }
+}
+
+/// Lengths and flags as one context tells them, neighbours joined.
+fn joined(extents: &[Extent], start: u64, flags: fn(&Extent) -> u32) -> Vec<(u32, u32)> {
+    let mut out: Vec<(u32, u32)> = Vec::new();
+    let mut at = start;
+    for extent in extents {
+        let (len, flags) = (u32::try_from(extent.end - at).expect("a span is bounded"), flags(extent));
+        match out.last_mut() {
+            Some(last) if last.1 == flags => last.0 += len,
+            _ => out.push((len, flags)),
+        }
+        at = extent.end;
+    }
+    out
+}
+
+fn grow(buf: &mut Vec<u8>, len: usize) {
+    if buf.len() < len {
+        buf.resize(len, 0);
+    }
+}
