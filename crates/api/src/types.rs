@@ -345,6 +345,68 @@ pub struct ImportRequest {
     pub size: Option<u64>,
 }
 
+/// `POST /v1/nbd`: a disk to serve.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NbdRequest {
+    /// An image, a snapshot `vm@tag`, or a kept scratch disk `scratch:NAME`.
+    pub source: String,
+    /// Name of the export; made of the source where absent.
+    pub name: Option<String>,
+    /// Whether it is a scratch disk over the source, which may be written.
+    #[serde(default)]
+    pub writable: bool,
+    /// Absolute path of its socket; in the home where absent.
+    pub socket: Option<String>,
+    /// Whether it ends with its last connection; lists do not show such.
+    #[serde(default)]
+    pub ephemeral: bool,
+}
+
+/// What an export is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NbdState {
+    /// Clients can connect.
+    Serving,
+    /// A scratch disk that is kept and not served.
+    Stopped,
+    /// It should be served and is not; the daemon's log says why.
+    Failed,
+}
+
+impl std::fmt::Display for NbdState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Serving => "serving",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// A disk served over NBD, or a scratch disk that is kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NbdExport {
+    /// Its name.
+    pub name: String,
+    /// What it shows, or showed before it was written.
+    pub source: String,
+    /// Whether it is a scratch disk.
+    pub writable: bool,
+    /// What it is doing.
+    pub state: NbdState,
+    /// Path of its socket, while it is served.
+    pub socket: Option<String>,
+    /// NBD URI, while it is served.
+    pub uri: Option<String>,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// Clients connected now.
+    pub connections: u64,
+    /// When it was made, RFC 3339 in UTC.
+    pub created: String,
+}
+
 /// `GET /v1/stats`: the node and its store.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct NodeStats {

@@ -25,6 +25,7 @@ mod core;
 mod disk;
 mod front;
 mod home;
+pub mod nbd;
 mod objects;
 mod queue;
 mod ram;

@@ -7,6 +7,7 @@
 //! <home>/mirror/                 the mirror's records and layers
 //! <home>/vms/<id>/               a VM: vm.json, ram.map, sockets, logs
 //! <home>/pending/<id>.{json,device}   snapshots that are frozen and not yet in the store
+//! <home>/exports/<name>.json    disks served over NBD, and scratch disks that are kept
 //! <home>/kernels/                kernels and initial RAM disks of images, by content
 //! <home>/work/                   image builds and imports under way
 //! <home>/next-id                 ids up to this number may be in use
@@ -51,7 +52,7 @@ impl Home {
                 root.display()
             )));
         }
-        for dir in ["run", "vms", "pending", "kernels", "work"] {
+        for dir in ["run", "vms", "pending", "exports", "kernels", "work"] {
             let dir = root.join(dir);
             std::fs::create_dir_all(&dir).map_err(Error::io("make", &dir))?;
         }

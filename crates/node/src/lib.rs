@@ -8,6 +8,7 @@ mod blobs;
 mod commit;
 pub mod doctor;
 mod error;
+mod exports;
 pub mod home;
 pub mod image;
 mod images;

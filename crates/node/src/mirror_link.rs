@@ -10,7 +10,7 @@ use crate::home::Home;
 use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
-use mirror::control::{Below, Listing, OverlaySpec, RamSource, RamSpec, Stats, ViewChanges};
+use mirror::control::{Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, ViewChanges};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -218,6 +218,22 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn remove(&self, ids: &[u64]) -> Result<()> {
         self.client().remove(ids).map(|_| ()).map_err(refused)
+    }
+
+    /// Serves a disk over NBD.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn add_export(&self, spec: ExportSpec) -> Result<()> {
+        self.client().add_export(spec).map_err(refused)
+    }
+
+    /// Ends an export; whether it was there.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn remove_export(&self, name: &str) -> Result<bool> {
+        self.client().remove_export(name).map_err(refused)
     }
 
     /// Every object.

@@ -5,6 +5,7 @@
 
 use crate::commit::Committer;
 use crate::error::{Error, Result};
+use crate::exports::ExportRecord;
 use crate::home::Home;
 use crate::mirror_link::MirrorLink;
 use crate::record::{self, FreezeRecord, Life, Origin, VmRecord};
@@ -50,6 +51,10 @@ pub struct Shared {
     pub(crate) slots: Mutex<BTreeMap<String, Slot>>,
     /// Heads of snapshots that are just being taken.
     pub(crate) tagging: Mutex<BTreeSet<String>>,
+    /// Disks served over NBD, and scratch disks that are kept, by name.
+    pub(crate) exports: Mutex<BTreeMap<String, ExportRecord>>,
+    /// Held by whoever changes those, over all that belongs to the change.
+    pub(crate) exporting: Mutex<()>,
 }
 
 /// What a name stands for.
@@ -139,9 +144,12 @@ impl Node {
             making: RwLock::default(),
             slots: Mutex::default(),
             tagging: Mutex::default(),
+            exports: Mutex::default(),
+            exporting: Mutex::default(),
         });
         let committer = Committer::start(&shared)?;
         crate::recover::recover(&shared, &committer)?;
+        crate::exports::recover(&shared)?;
         sweep::sweep(&shared)?;
         Ok(Self { shared, committer })
     }
@@ -445,6 +453,7 @@ impl Node {
             vm.leave();
         }
         if stop {
+            self.end_exports();
             self.shared.mirror.close(true);
         }
     }

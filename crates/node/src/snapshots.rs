@@ -164,6 +164,16 @@ impl Node {
     }
 }
 
+/// The disk of a snapshot; of several the first.
+pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<store::Version> {
+    let (vm, tag) = split_snapshot(name)?;
+    let head = snapshot_head(vm, tag);
+    let (manifest, _) = shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
+    let shape = meta(&head, &manifest)?.shape;
+    let disk = shape.disks.iter().find_map(|disk| manifest.versions.get(&disk.id).copied());
+    disk.ok_or_else(|| Error::NotFound(format!("the machine of {name} has no disk")))
+}
+
 fn split_snapshot(name: &str) -> Result<(&str, &str)> {
     let bad = || Error::Invalid(format!("`{name}` names no snapshot; write VM@TAG, as in web@1"));
     let (vm, tag) = name.split_once('@').ok_or_else(bad)?;

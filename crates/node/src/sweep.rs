@@ -1,7 +1,7 @@
 //! Giving back what nothing names: RAM files, disk views, and their content in the store.
 //!
 //! What is kept is found from the roots each time, never counted: VMs (the files their RAM maps, and what their
-//! next freeze builds upon), overlays (the view they stand on), freezes not yet stored, and tagged snapshots.
+//! next freeze builds upon), overlays (the view they stand on), NBD exports and kept scratch disks, freezes not yet stored, and tagged snapshots.
 
 use crate::error::Result;
 use crate::node::{PINS, Shared};
@@ -35,6 +35,8 @@ pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
         keep.extend(view.ram_files);
         keep.extend(view.record.overlays);
     }
+    let (overlays, _) = shared.export_roots();
+    keep.extend(overlays);
     for record in &pending {
         keep.insert(record.id);
         keep.extend(&record.views);
@@ -72,9 +74,11 @@ pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
     forget(shared, &keep)
 }
 
-/// Deletes the pins of VMs that are no more: a daemon that died may have pinned for one that it never recorded.
+/// Deletes the pins of VMs and exports that are no more: a daemon that died may have pinned for one that it never recorded.
 fn unpin(shared: &Arc<Shared>) -> Result<()> {
-    let pins: BTreeSet<String> = shared.vms().iter().map(|vm| crate::node::pin_head(vm.id)).collect();
+    let (_, exports) = shared.export_roots();
+    let ids = shared.vms().into_iter().map(|vm| vm.id).chain(exports);
+    let pins: BTreeSet<String> = ids.map(crate::node::pin_head).collect();
     for head in shared.store.heads(PINS)?.into_iter().filter(|head| !pins.contains(head)) {
         shared.store.delete_head(&head)?;
     }

@@ -5,6 +5,7 @@
 
 mod cli;
 mod daemon;
+mod export;
 
 use std::process::ExitCode;
 

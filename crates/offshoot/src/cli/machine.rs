@@ -19,6 +19,12 @@ pub(super) fn doctor(home: &Path, json: bool) -> Outcome {
             Err(_) => "none runs; the next command starts one".into(),
         },
     });
+    if let Ok(exports) = client.get::<Vec<api::NbdExport>>("/v1/nbd") {
+        let failed = exports.iter().any(|e| e.state == api::NbdState::Failed);
+        let named: Vec<String> = exports.iter().map(|e| format!("{} ({})", e.name, e.state)).collect();
+        let detail = if named.is_empty() { "nothing is served".into() } else { named.join(", ") };
+        checks.push(Check { name: "NBD exports".into(), ok: !failed, needed: false, detail });
+    }
     if json {
         output::json(&checks);
     } else {

@@ -2,6 +2,7 @@
 
 mod blobs;
 mod connect;
+mod disks;
 mod images;
 mod machine;
 mod output;
@@ -109,6 +110,11 @@ enum Command {
     /// Keep versioned arrays of bytes: write, read any version, clone, compare, tag
     #[command(subcommand)]
     Blob(BlobCommand),
+    /// Serve disks of images and snapshots to other programs, over NBD
+    #[command(subcommand)]
+    Nbd(NbdCommand),
+    /// Write the disk of an image or a snapshot to a file, raw or qcow2
+    Export(ExportArgs),
     /// Say what this host can do, and why
     Doctor(ListArgs),
     /// Read and check everything in the store
@@ -412,6 +418,52 @@ enum BlobCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum NbdCommand {
+    /// Serve a disk on a unix socket, and print the socket and a URI for NBD clients
+    Serve {
+        /// An image, a snapshot as in web@1, or a kept scratch disk as in scratch:NAME
+        source: String,
+        /// Serve a scratch disk over it, which may be written
+        #[arg(short, long)]
+        writable: bool,
+        /// Name of the export [default: made of the source]
+        #[arg(long)]
+        name: Option<String>,
+        /// Path of the socket [default: in the home]
+        #[arg(long)]
+        socket: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List what is served, and the scratch disks that are kept
+    Ls(ListArgs),
+    /// Serve disks no longer; scratch disks are kept unless --discard is given
+    Stop {
+        /// Names of exports
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Drop what was written to scratch disks
+        #[arg(long)]
+        discard: bool,
+    },
+}
+
+#[derive(Args)]
+struct ExportArgs {
+    /// An image, a snapshot as in web@1, or a scratch disk as in scratch:NAME
+    source: String,
+    /// File to write; - is the standard output, raw
+    file: PathBuf,
+    /// How to write it
+    #[arg(short, long, value_enum, default_value_t = disks::Format::Raw)]
+    format: disks::Format,
+    /// Replace a file that is there
+    #[arg(long)]
+    force: bool,
+}
+
 /// Parses the command line and does what it says.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -460,6 +512,8 @@ fn run(cli: &Cli) -> Outcome {
         Command::Balloon { name, memory } => vms::balloon(&client, name, *memory),
         Command::Image(command) => images::image(&client, command),
         Command::Blob(command) => blobs::blob(&client, command),
+        Command::Nbd(command) => disks::nbd(&client, command),
+        Command::Export(args) => disks::export(&client, args),
         Command::Verify(args) => machine::verify(&client, args.json),
         Command::Serve
         | Command::Mirror { .. }

@@ -4,7 +4,8 @@ use super::Daemon;
 use super::long::{Failure, respond};
 use super::{blobs, console, long};
 use api::{
-    BalloonRequest, BuildRequest, Ended, ForkRequest, ImportRequest, RunRequest, SnapshotRequest, StopRequest, Version,
+    BalloonRequest, BuildRequest, Ended, ForkRequest, ImportRequest, NbdRequest, RunRequest, SnapshotRequest,
+    StopRequest, Version,
 };
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
@@ -43,6 +44,8 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/images/import", post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image))
         .merge(blobs::router())
+        .route("/v1/nbd", get(nbd_exports).post(serve_nbd))
+        .route("/v1/nbd/{name}", axum::routing::delete(stop_nbd))
         .fallback(unknown)
         .with_state(daemon)
 }
@@ -195,4 +198,22 @@ async fn inspect_image(State(daemon): Shared, Path(name): Path<String>) -> Answe
 
 async fn remove_image(State(daemon): Shared, Path(name): Path<String>) -> Answer<Value> {
     blocking(daemon, move |d| d.node.remove_image(&name)).await.map(|()| Json(json!({})))
+}
+
+async fn nbd_exports(State(daemon): Shared) -> Answer<Vec<api::NbdExport>> {
+    blocking(daemon, |d| d.node.nbd_exports()).await.map(Json)
+}
+
+async fn serve_nbd(State(daemon): Shared, Json(request): Json<NbdRequest>) -> Answer<api::NbdExport> {
+    blocking(daemon, move |d| d.node.serve_nbd(&request)).await.map(Json)
+}
+
+#[derive(Deserialize)]
+struct StopNbd {
+    #[serde(default)]
+    discard: bool,
+}
+
+async fn stop_nbd(State(daemon): Shared, Path(name): Path<String>, Query(how): Query<StopNbd>) -> Answer<Value> {
+    blocking(daemon, move |d| d.node.stop_nbd(&name, how.discard)).await.map(|()| Json(json!({})))
 }
