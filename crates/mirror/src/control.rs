@@ -78,7 +78,7 @@ pub struct ExportSpec {
     pub source: ExportSource,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// Whether it ends with its last connection, or when for a minute nobody connects.
+    /// Whether it ends with its last connection, or when nobody connects for ten seconds.
     pub ephemeral: bool,
 }
 

@@ -182,7 +182,7 @@ impl NbdClient {
         let mut extents = Vec::new();
         loop {
             let (last, kind, len) = self.chunk()?;
-            if kind == chunk::BLOCK_STATUS && len >= 12 && len <= 1 << 20 {
+            if kind == chunk::BLOCK_STATUS && (12..=1 << 20).contains(&len) {
                 let mut body = vec![0; len];
                 self.stream.read_exact(&mut body)?;
                 extents.extend(body[4..].chunks_exact(8).map(|e| (u32_at(e, 0), u32_at(e, 4))));

@@ -311,8 +311,12 @@ fn what_was_answered_outlives_killed_mirrors() {
     let uri = uri(&mirror, "d");
     let fio = |more: &[&str]| {
         let (uri, common) = (format!("--uri={uri}"), ["--name=v", "--ioengine=nbd", "--rw=randwrite", "--size=48M"]);
-        let words =
-            [&["fio"][..], &common, &["--bs=4k", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", &uri], more];
+        let words = [
+            &["fio"][..],
+            &common,
+            &["--bs=4k", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", &uri],
+            more,
+        ];
         run(&words.concat());
     };
     fio(&["--do_verify=0"]);

@@ -192,7 +192,7 @@ impl Node {
         let exports = self.shared.exports.lock().expect("no holder panics");
         match &request.name {
             Some(name) => {
-                names::check("export", name)?;
+                names::check("disk to serve", name)?;
                 if exports.contains_key(name) {
                     return Err(Error::Conflict(format!(
                         "an export named {name} is there already; `offshoot nbd stop {name} --discard` or choose another --name"

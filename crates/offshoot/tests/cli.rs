@@ -7,7 +7,7 @@ mod common;
 
 use bench::Outcome;
 use bench::host::free_ports;
-use common::{TestHost, eventually, host, kill, processes, program};
+use common::{TestHost, eventually, halting_kernel, host, kill, processes, program};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,21 +18,6 @@ use std::process::{Command, Output};
 
 /// Bytes of the tiny image's disk.
 const DISK: u64 = 16 << 20;
-
-/// A kernel in the boot protocol's form (Linux, Documentation/arch/x86/boot.rst) that halts for ever.
-fn halting_kernel() -> Vec<u8> {
-    let mut bytes = vec![0; 2048];
-    bytes[0x1f1] = 1; // sectors of setup code
-    bytes[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-    bytes[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]); // jmp 0x26c
-    bytes[0x202..0x206].copy_from_slice(b"HdrS");
-    bytes[0x206..0x208].copy_from_slice(&0x0202u16.to_le_bytes());
-    bytes[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
-    bytes[0x211] = 1; // loaded high
-    bytes[0x26c..0x26f].copy_from_slice(&[0xf4, 0xeb, 0xfd]); // hlt; jmp back
-    bytes[0x300..0x304].copy_from_slice(b"halt");
-    bytes
-}
 
 /// A disk on which every block differs from every other, and half of which compresses.
 fn disk_bytes() -> Vec<u8> {
@@ -127,6 +112,8 @@ impl Scene {
             "kernels",
             "mirror/layers",
             "mirror/objects",
+            "exports",
+            "run/nbd",
         ] {
             walk(&self.host.home.join(below), &mut files);
         }
@@ -189,6 +176,10 @@ fn every_command_explains_itself() {
         "snapshot",
         "snapshot rm",
         "image import",
+        "nbd serve",
+        "nbd ls",
+        "nbd stop",
+        "export",
         "ps",
         "stats",
         "logs",
@@ -238,6 +229,15 @@ fn lists_are_json_and_errors_name_what_is_wrong_and_change_nothing() -> Outcome 
         (&["snapshot", "t", "--tag", "one"], &["t@one is there already"]),
         (&["snapshot", "t", "--tag", "a b"], &["`a b`", "tag"]),
         (&["snapshot", "t", "--tag", "../x"], &["`../x`", "tag"]),
+        (&["nbd", "serve", "nothing"], &["no image `nothing`", "offshoot image ls"]),
+        (&["nbd", "serve", "t@none"], &["no snapshot is named t@none"]),
+        (&["nbd", "serve", "scratch:none"], &["no scratch disk is named none", "offshoot nbd ls"]),
+        (&["nbd", "serve", "tiny", "--name", "../x"], &["`../x` is no name for a disk to serve"]),
+        (&["nbd", "serve", "tiny", "--writable", "--socket", "/no/such/dir/s"], &["/no/such/dir/s"]),
+        (&["nbd", "stop", "nobody"], &["no export is named nobody", "offshoot nbd ls"]),
+        (&["export", "nothing", "/tmp/never"], &["no image `nothing`"]),
+        (&["export", "tiny", "/no/such/dir/file"], &["/no/such/dir/file"]),
+        (&["export", "tiny", "-", "--format", "qcow2"], &["standard output", "qcow2"]),
         (&["run", "tiny", "--name", "Bad"], &["`Bad` is no name for a VM"]),
         (&["run", "tiny", "--name", "../x"], &["`../x` is no name for a VM"]),
         (&["run", "tiny", "--name", ""], &["`` is no name for a VM"]),

@@ -30,6 +30,34 @@ fn an_empty_blob_costs_nothing_and_reads_as_zero() {
 }
 
 #[test]
+fn what_is_data_in_a_range_is_told_in_parts() {
+    let (store, mut rng) = (store(), Rng(11));
+    let mut content = vec![0; 700 * BLOCK as usize - 100];
+    for block in (0..700).filter(|b| b % 7 < 2) {
+        let end = content.len().min((block + 1) * BLOCK as usize);
+        content[block * BLOCK as usize..end].fill(9);
+    }
+    let version = publish(&store, "t", &Mem(content));
+    let whole = store.data_ranges(&version).unwrap();
+    assert_eq!(whole.len(), 100);
+    for _ in 0..50 {
+        let start = rng.below(version.size);
+        let asked = ByteRange::new(start, start + rng.below(version.size - start + 1));
+        let wanted: Vec<ByteRange> = whole.iter().filter_map(|r| r.intersect(&asked)).collect();
+        let (mut got, mut at): (Vec<ByteRange>, u64) = (Vec::new(), asked.start);
+        while at < asked.end {
+            let (part, reached) = store.data_ranges_in(&version, ByteRange::new(at, asked.end), 3).unwrap();
+            assert!(part.len() <= 3 && reached > at, "{part:?} up to {reached} from {at}");
+            got.extend(part);
+            at = reached;
+        }
+        assert_eq!(got, wanted, "{asked:?}");
+    }
+    let beyond = store.data_ranges_in(&version, ByteRange::new(0, version.size + 1), 3);
+    assert!(matches!(beyond, Err(Error::OutOfRange { .. })));
+}
+
+#[test]
 fn random_commits_read_back_in_every_version() {
     let mut rng = Rng(7);
     for (block_size, blocks, threads) in [(4096, 700, 1), (65536, 40, 3), (1 << 20, 5, 2), (512, 3000, 1)] {

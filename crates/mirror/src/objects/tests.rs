@@ -70,6 +70,22 @@ impl World {
         self.o().overlay(id).unwrap().zero(&*self.versions, offset, len, false).unwrap();
     }
 
+    /// What is told to be zero is; nothing is left out; and no more is told at a time than was asked for.
+    fn check_extents(&self, id: u64, offset: u64, content: &[u8]) {
+        let (mut at, end) = (offset, offset + content.len() as u64);
+        while at < end {
+            let disk = self.o().overlay(id).unwrap();
+            let extents = disk.extents(&*self.versions, base::ByteRange::new(at, end), 3).unwrap();
+            assert!((1..=3).contains(&extents.len()), "{extents:?}");
+            for extent in extents {
+                assert!(extent.end > at && extent.end <= end, "{extent:?} from {at} to {end}");
+                let bytes = &content[(at - offset) as usize..(extent.end - offset) as usize];
+                assert!(!extent.kind.zero || bytes.iter().all(|&b| b == 0), "{extent:?} from {at} is not zero");
+                at = extent.end;
+            }
+        }
+    }
+
     /// What the daemon does behind a mark: reads the view's changes, makes a version of them, says so.
     fn commit(&self, view: u64) {
         let changes = self.o().view_changes(view).unwrap();
@@ -162,7 +178,13 @@ fn random_life(seed: u64, block_size: u64) {
                 world.zero(disk.id, offset, len);
                 disk.now[span].fill(0);
             }
-            45..75 => assert!(world.read(disk.id, offset, len as usize) == disk.now[span], "seed {seed} step {step}"),
+            45..55 => assert!(world.read(disk.id, offset, len as usize) == disk.now[span], "seed {seed} step {step}"),
+            55..65 => world.check_extents(disk.id, offset, &disk.now[span]),
+            65..75 => {
+                let mut out = vec![0xee; len as usize];
+                let here = world.o().overlay(disk.id).unwrap().read_now(offset, &mut out);
+                assert!(!here || out == disk.now[span], "seed {seed} step {step}");
+            }
             75..85 if count < 12 => {
                 let (parent, view, child) = (disk.id, next_id, next_id + 1);
                 next_id += 2;
@@ -191,6 +213,39 @@ fn random_life(seed: u64, block_size: u64) {
     ids.extend(disks.iter().map(|d| d.id));
     world.o().remove(&ids).unwrap();
     assert_eq!(world.files(), Vec::<PathBuf>::new(), "seed {seed}: files left behind");
+}
+
+#[test]
+fn extents_tell_data_zeros_and_changes_apart() {
+    let world = World::new();
+    let mut below = vec![0; 16 * 4096];
+    below[4 * 4096..8 * 4096].fill(1);
+    world.versions.put("v", below);
+    world.o().add_overlay(&overlay(20, 16 * 4096, 4096, Below::Version("v".to_owned()))).unwrap();
+    world.write(20, 5 * 4096, &[2; 4096]);
+    world.zero(20, 7 * 4096, 4096);
+    world.read(20, 0, 4096);
+    let reads = world.versions.reads.load(std::sync::atomic::Ordering::Relaxed);
+    world.o().overlay(20).unwrap().discard(9 * 4096 + 1, 2 * 4096).unwrap();
+    let told = |most| {
+        let disk = world.o().overlay(20).unwrap();
+        let extents = disk.extents(&*world.versions, base::ByteRange::new(0, 16 * 4096), most).unwrap();
+        extents.iter().map(|e| (e.end / 4096, e.kind.zero, e.kind.changed)).collect::<Vec<_>>()
+    };
+    let whole = [
+        (4, true, false),
+        (5, false, false),
+        (6, false, true),
+        (7, false, false),
+        (8, true, true),
+        (10, true, false),
+        (11, true, true),
+        (16, true, false),
+    ];
+    assert_eq!(told(100), whole);
+    assert_eq!(told(3), whole[..3]);
+    let asked = world.versions.reads.load(std::sync::atomic::Ordering::Relaxed) - reads;
+    assert!(asked <= 10, "the double reads what it is asked to tell, and nobody else reads: {asked}");
 }
 
 #[test]

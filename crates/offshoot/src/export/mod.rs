@@ -17,9 +17,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
-use std::time::Duration;
 
 /// Connections at once.
 const CONNECTIONS: usize = 4;
@@ -41,8 +39,8 @@ struct Piece {
     to: u64,
 }
 
-/// Set when the user would end the command.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// What is removed when the user ends the command: the file, where it must have a name from the start.
+static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Writes the disk served at `socket` to `file`. `progress` is told bytes done and in all.
 ///
@@ -57,7 +55,7 @@ pub(crate) fn to_file(
 ) -> Result<u64, String> {
     let nbd = |e: io::Error| format!("reading the disk: {e}");
     let write = |e: io::Error| format!("writing {}: {e}", file.display());
-    watch_for_interruption();
+    clean_up_when_interrupted();
     let mut client = NbdClient::connect(socket).map_err(nbd)?;
     let (size, data) = (client.size(), client.data_ranges().map_err(nbd)?);
     let target = Target::make(file, force).map_err(write)?;
@@ -160,17 +158,13 @@ fn copy(
         let mut done = 0;
         let mut outcome = Ok(());
         loop {
-            match told.recv_timeout(Duration::from_millis(100)) {
+            match told.recv() {
                 Ok(Ok(bytes)) => {
                     done += bytes;
                     progress(done);
                 }
                 Ok(Err(why)) => outcome = Err(why),
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                Err(mpsc::RecvTimeoutError::Disconnected) => return outcome,
-            }
-            if INTERRUPTED.load(Ordering::Acquire) && outcome.is_ok() {
-                outcome = Err("interrupted; nothing was written".to_owned());
+                Err(mpsc::RecvError) => return outcome,
             }
             if outcome.is_err() {
                 // Whoever is at work finds the queue empty.
@@ -209,6 +203,7 @@ impl Target {
             // A file system that knows no such files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
                 let named = hidden(path);
+                *UNFINISHED.lock().expect("no holder panics") = Some(named.clone());
                 (File::options().read(true).write(true).create_new(true).open(&named)?, Some(named))
             }
             Err(e) => return Err(e.into()),
@@ -255,21 +250,27 @@ fn hidden(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}", std::process::id()))
 }
 
-/// From now on ^C and SIGTERM are noted, so that what was begun is cleaned up.
-fn watch_for_interruption() {
+/// From now on ^C and SIGTERM end the command only after what was begun is removed; the export ends with its
+/// connections.
+fn clean_up_when_interrupted() {
     let watch = || -> io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             use tokio::signal::unix::{SignalKind, signal};
             let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
+            let code = tokio::select! {
+                _ = interrupt.recv() => 130,
+                _ = terminate.recv() => 143,
+            };
+            if let Some(named) = UNFINISHED.lock().expect("no holder panics").take() {
+                let _ = std::fs::remove_file(named);
             }
-            INTERRUPTED.store(true, Ordering::Release);
-            Ok(())
+            std::process::exit(code)
         })
     };
     // Without it the command ends at once, which leaves nothing on file systems with nameless files.
     let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
 }
+
+#[cfg(test)]
+mod tests;

@@ -129,7 +129,7 @@ impl Layout {
     fn l1_table(&self) -> Vec<u8> {
         let mut out = vec![0; (self.l1 * CLUSTER) as usize];
         for (index, &entry) in (0..).zip(&self.l2) {
-            let value = (self.first_l2() + index) * CLUSTER | COPIED;
+            let value = ((self.first_l2() + index) * CLUSTER) | COPIED;
             out[8 * entry as usize..][..8].copy_from_slice(&value.to_be_bytes());
         }
         out
@@ -146,7 +146,7 @@ impl Layout {
         let first = self.runs.partition_point(|(run, _)| run.end <= covered.start);
         for (run, before) in self.runs[first..].iter().take_while(|(run, _)| run.start < covered.end) {
             for cluster in run.start.max(covered.start)..run.end.min(covered.end) {
-                let value = (self.first_data() + before + cluster - run.start) * CLUSTER | COPIED;
+                let value = ((self.first_data() + before + cluster - run.start) * CLUSTER) | COPIED;
                 out[8 * (cluster - covered.start) as usize..][..8].copy_from_slice(&value.to_be_bytes());
             }
         }

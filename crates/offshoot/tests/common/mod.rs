@@ -107,6 +107,21 @@ impl Drop for TestHost {
     }
 }
 
+/// A kernel in the boot protocol's form (Linux, Documentation/arch/x86/boot.rst) that halts for ever.
+pub(crate) fn halting_kernel() -> Vec<u8> {
+    let mut bytes = vec![0; 2048];
+    bytes[0x1f1] = 1; // sectors of setup code
+    bytes[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    bytes[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]); // jmp 0x26c
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    bytes[0x206..0x208].copy_from_slice(&0x0202u16.to_le_bytes());
+    bytes[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
+    bytes[0x211] = 1; // loaded high
+    bytes[0x26c..0x26f].copy_from_slice(&[0xf4, 0xeb, 0xfd]); // hlt; jmp back
+    bytes[0x300..0x304].copy_from_slice(b"halt");
+    bytes
+}
+
 /// Waits until a guest's web server and its redis answer.
 pub(crate) fn ready(guest: &Guest) -> Outcome {
     guest.await_response(None, MINUTES)?;

@@ -512,7 +512,9 @@ impl Gathered {
     /// A request failed.
     fn refuse(&mut self, to: &Connection, request: &Request, failure: &Failure) -> io::Result<()> {
         let Failure(number, words) = failure;
-        let words = &words.as_bytes()[..words.floor_char_boundary(1024.min(words.len()))];
+        // Cut where a character ends: clients print it.
+        let cut = (0..=1024.min(words.len())).rev().find(|&at| words.is_char_boundary(at)).unwrap_or(0);
+        let words = &words.as_bytes()[..cut];
         self.make_room(64 + words.len(), to)?;
         if to.agreed.structured && matches!(request.command, cmd::READ | cmd::BLOCK_STATUS) {
             self.0.extend(chunk_head(true, chunk::ERROR, request.cookie, 6 + words.len()));

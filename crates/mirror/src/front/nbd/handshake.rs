@@ -159,7 +159,8 @@ fn contexts(option: u32, data: &[u8], offer: &Offer<'_>, agreed: &mut Agreed, ou
     for (context, number) in contexts.into_iter().filter(|(c, _)| offer.changes || *c != CHANGES) {
         // A name space alone, or nothing at all, asks for all; but only to list.
         let all = |q: &[u8]| !set && q.ends_with(b":") && context.as_bytes().starts_with(q);
-        if !(queries.is_empty() && !set) && !queries.iter().any(|&q| q == context.as_bytes() || all(q)) {
+        let asked = queries.iter().any(|&q| q == context.as_bytes() || all(q));
+        if !asked && (set || !queries.is_empty()) {
             continue;
         }
         let shown: u32 = if set { number } else { 0 };

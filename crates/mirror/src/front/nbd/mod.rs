@@ -38,7 +38,7 @@ const WORKERS_MAX: usize = 128;
 /// A client must have agreed after so long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// An export that ends with its last connection ends as well when none came for so long.
-const UNUSED: Duration = Duration::from_secs(60);
+const UNUSED: Duration = Duration::from_secs(10);
 /// How long the end of an export waits for requests in hand.
 const LAST_REQUESTS: Duration = Duration::from_secs(20);
 /// Room for the name a socket has before it is ready.
@@ -273,7 +273,7 @@ fn accept(core: &Arc<Core>, export: &Arc<Export>) {
     let mut since = Instant::now();
     while !export.is_stopped() {
         if export.spec.ephemeral {
-            let wait = Timespec { tv_sec: UNUSED.as_secs().cast_signed() / 4, tv_nsec: 0 };
+            let wait = Timespec { tv_sec: 1, tv_nsec: 0 };
             let _ = poll(&mut [PollFd::new(&export.listener, PollFlags::IN)], Some(&wait));
             if !export.clients.lock().expect("no holder panics").is_empty() {
                 since = Instant::now();
