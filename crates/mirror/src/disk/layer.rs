@@ -39,6 +39,9 @@ pub(crate) struct Layer {
     /// Data written since the last flush.
     unsynced: AtomicBool,
     locks: Box<[Mutex<()>]>,
+    /// Held by whoever writes data. File systems let one buffered write of a file in at a time, and threads that wait
+    /// for that in the kernel spin, which costs the one that works its processor.
+    writing: Mutex<()>,
 }
 
 /// Exclusive hold of some blocks of a layer.
@@ -109,6 +112,7 @@ impl Layer {
             durable: Mutex::new(None),
             unsynced: AtomicBool::new(true),
             locks: (0..LOCKS).map(|_| Mutex::new(())).collect(),
+            writing: Mutex::new(()),
         })
     }
 
@@ -237,7 +241,9 @@ impl Layer {
     }
 
     fn write_data(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let turn = self.writing.lock().expect("no writer panics");
         let written = self.data.write_all_at(data, offset);
+        drop(turn);
         self.unsynced.store(true, Ordering::Release);
         written
     }

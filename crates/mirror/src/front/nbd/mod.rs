@@ -44,7 +44,7 @@ const LAST_REQUESTS: Duration = Duration::from_secs(20);
 /// Room for the name a socket has before it is ready.
 const SOCKET_PATH_MAX: usize = 100;
 /// Bytes on their way to a client; root may have more than others.
-const SEND_BUFFER: usize = 4 << 20;
+const SEND_BUFFER: usize = 2 << 20;
 
 /// All exports.
 pub(crate) struct Exports {
