@@ -23,6 +23,9 @@ use std::sync::{Arc, Mutex};
 pub enum Mode {
     /// The one process that writes, publishes and collects.
     ReadWrite,
+    /// One of many processes that write, publish and collect at once, none of them special. Only on engines that
+    /// compare and swap by themselves, as object stores do.
+    Shared,
     /// Any process beside it: sees what is published, without reopening.
     ReadOnly,
 }
@@ -99,6 +102,12 @@ impl Store {
     pub fn open(dir: &Path, mode: Mode) -> Result<Self, Error> {
         let engine = match mode {
             Mode::ReadOnly => Local::open_reader(dir),
+            Mode::Shared => {
+                return Err(Error::Invalid(format!(
+                    "the directory {} cannot be shared by many writers; use an object store (s3://…) for that",
+                    dir.display()
+                )));
+            }
             Mode::ReadWrite => Local::open_writer(dir).map_err(|error| match error {
                 OpenError::Locked(pid) => Error::Locked { dir: dir.to_owned(), pid },
                 OpenError::Io(source) => Error::io("open", dir.display().to_string(), source),

