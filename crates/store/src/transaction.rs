@@ -7,6 +7,7 @@ use crate::frame::Encoded;
 use crate::head::{self, Manifest};
 use crate::ledger::{HoldCounts, Ledger};
 use crate::name::{Name, Version};
+use crate::shared::Safety;
 use crate::store::Store;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -20,6 +21,7 @@ pub struct Transaction<'a> {
     held: Mutex<Vec<(Name, u8)>>,
     /// The packs it started; the last one takes more frames.
     packs: Mutex<Vec<Arc<Pack>>>,
+    pub(crate) safety: Mutex<Safety>,
     _counts: HoldCounts<'a>,
 }
 
@@ -44,14 +46,23 @@ impl Drop for Appended {
 impl Store {
     /// Starts a transaction. Any number may be under way.
     pub fn begin(&self) -> Transaction<'_> {
-        Transaction { store: self, held: Mutex::default(), packs: Mutex::default(), _counts: self.hold_counts() }
+        Transaction {
+            store: self,
+            held: Mutex::default(),
+            packs: Mutex::default(),
+            safety: Mutex::default(),
+            _counts: self.hold_counts(),
+        }
     }
 
     /// Drops packs of ended transactions to which nothing refers.
-    pub(crate) fn drop_orphans(&self, _ledger: &mut Ledger) {
+    pub(crate) fn drop_orphans(&self, ledger: &mut Ledger) {
+        // Where nobody counts, another transaction may rely on what an orphan holds.
+        let alone = ledger.holders <= 1;
+        let is_needed = |pack: &Pack| if self.is_shared() { !alone } else { pack.live() > 0 };
         let mut open = self.open_packs.lock().expect("no panic while open packs are locked");
         open.retain(|pack| {
-            if !pack.orphan.load(Ordering::Relaxed) || pack.live() > 0 || pack.is_sealed() {
+            if !pack.orphan.load(Ordering::Relaxed) || is_needed(pack) || pack.is_sealed() {
                 return true;
             }
             let Some((names, uploaded)) = pack.abandon() else { return true };
@@ -82,6 +93,12 @@ impl Transaction<'_> {
                 && let Some(frame) = pack.append(encoded, names)?
             {
                 return Ok(Appended { pack: Arc::clone(pack), frame });
+            }
+            // What is held in memory until it is durable must not grow with the transaction.
+            if self.store.engine.is_remote()
+                && let Some(full) = packs.last()
+            {
+                self.store.seal_packs(std::iter::once(full))?;
             }
             packs.push(self.store.start_pack()?);
         }
@@ -142,7 +159,11 @@ impl Transaction<'_> {
                 }
             }
         }
-        let (result, unused) = match store.seal_open_packs() {
+        let made_durable = self.secure(&roots).and_then(|()| store.seal_open_packs()).and_then(|()| {
+            // Uploading may have taken long.
+            if self.is_in_window() { Ok(()) } else { self.secure(&roots).and_then(|()| store.seal_open_packs()) }
+        });
+        let (result, unused) = match made_durable {
             Ok(()) => self.swap(head, &expect, manifest),
             Err(error) => (Err(error), Some(manifest.clone())),
         };
@@ -167,15 +188,19 @@ impl Transaction<'_> {
     /// where it did not come to be. Where nobody can tell, none: too many references only leak.
     fn swap(&self, head: &str, expect: &Expect, manifest: &Manifest) -> (Result<Etag, Error>, Option<Manifest>) {
         let store = self.store;
-        let _one = store.publishing.lock().expect("no panic while publishing");
-        let old = match store.head(head) {
+        // Where nobody counts, the engine decides alone who is first.
+        let _one = (!store.is_shared()).then(|| store.publishing.lock().expect("no panic while publishing"));
+        let old = match if store.is_shared() { Ok(None) } else { store.head(head) } {
             Ok(found) => found.map(|(manifest, _)| manifest),
             Err(Error::Corrupt { .. }) => None,
             Err(error) => return (Err(error), Some(manifest.clone())),
         };
         let bytes = manifest.encode(head, &store.keys);
         match store.engine.swap_head(head, expect, &bytes) {
-            Ok(Ok(etag)) => (Ok(etag), old),
+            Ok(Ok(etag)) => {
+                store.note_seen(manifest, crate::shared::boot_time());
+                (Ok(etag), old)
+            }
             Ok(Err(found)) => (Err(Error::HeadChanged { head: head.to_owned(), found }), Some(manifest.clone())),
             Err(error) => {
                 let absent = store.engine.head(head).is_ok_and(|found| found.is_none_or(|(there, _)| there != bytes));

@@ -176,9 +176,8 @@ impl Object {
         let aws_itself = address.endpoint.is_none();
         let builder = match &credentials {
             Some(found) => {
-                let builder = AmazonS3Builder::new()
-                    .with_access_key_id(&found.key_id)
-                    .with_secret_access_key(&found.secret);
+                let builder =
+                    AmazonS3Builder::new().with_access_key_id(&found.key_id).with_secret_access_key(&found.secret);
                 found.token.iter().fold(builder, |builder, token| builder.with_token(token))
             }
             None if aws_itself => AmazonS3Builder::from_env(),
@@ -284,9 +283,9 @@ impl Engine for Object {
     }
 
     fn remove(&self, names: &[String]) -> io::Result<()> {
-        names.iter().try_for_each(|name| {
-            self.core.ask("remove", name, |link, path| async move { link.delete(&path).await })
-        })
+        names
+            .iter()
+            .try_for_each(|name| self.core.ask("remove", name, |link, path| async move { link.delete(&path).await }))
     }
 
     /// Gives nothing back: objects cannot be changed. See [`Engine::can_punch`].

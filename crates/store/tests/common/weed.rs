@@ -1,5 +1,7 @@
 //! A real S3 server for a test program: SeaweedFS, started when first wanted, gone when the program is.
 
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
 use std::fs;
 use std::io::Read as _;
 use std::net::{TcpListener, TcpStream};
@@ -131,7 +133,8 @@ fn try_start() -> Result<Weed, String> {
     });
     let mut child: Child = told.recv().unwrap().expect("setpriv is there");
     let weed = Weed { endpoint: format!("http://127.0.0.1:{s3}"), port: s3 };
-    let limits = Limits { attempts: 1, attempt: Duration::from_secs(5), circuit_failures: u32::MAX, ..Limits::default() };
+    let limits =
+        Limits { attempts: 1, attempt: Duration::from_secs(5), circuit_failures: u32::MAX, ..Limits::default() };
     let engine = S3::open_with(&url_at(&weed.endpoint, "ready"), credentials(), limits).unwrap();
     let deadline = Instant::now() + Duration::from_secs(90);
     let mut why = "it does not listen".to_owned();

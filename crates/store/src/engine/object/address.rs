@@ -31,23 +31,21 @@ impl Address {
         if !prefix.is_empty() && !prefix.split('/').all(part_is_fine) {
             return Err(format!("`{prefix}` cannot be a place in a bucket: use letters, digits and ._-+@: between /"));
         }
-        let mut out = Self {
-            bucket: bucket.to_owned(),
-            prefix: prefix.to_owned(),
-            endpoint: None,
-            region: None,
-            profile: None,
-        };
+        let mut out =
+            Self { bucket: bucket.to_owned(), prefix: prefix.to_owned(), endpoint: None, region: None, profile: None };
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             // The value is not repeated: whoever puts credentials here must not find them in a log.
-            let unknown = || "after ? only endpoint, region and profile may be given; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws/credentials".to_owned();
+            let unknown = || {
+                "after ? only endpoint, region and profile may be given; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws/credentials".to_owned()
+            };
             let (key, value) = pair.split_once('=').ok_or_else(unknown)?;
             let value = unescape(value).ok_or("a % in the address is not followed by two hexadecimal digits")?;
             match key {
                 "endpoint" => {
                     let host = value.strip_prefix("http://").or_else(|| value.strip_prefix("https://"));
                     if !host.is_some_and(|host| !host.is_empty() && !host.contains('@')) {
-                        return Err("the endpoint must be http://host:port or https://host:port, without credentials".to_owned());
+                        return Err("the endpoint must be http://host:port or https://host:port, without credentials"
+                            .to_owned());
                     }
                     out.endpoint = Some(value.trim_end_matches('/').to_owned());
                 }
@@ -155,7 +153,11 @@ impl Credentials {
     /// `text` without anything of these credentials in it.
     pub(crate) fn hide(&self, text: &str) -> String {
         let hidden = [Some(&self.secret), Some(&self.key_id), self.token.as_ref()];
-        hidden.into_iter().flatten().filter(|part| part.len() > 3).fold(text.to_owned(), |text, part| text.replace(part, "***"))
+        hidden
+            .into_iter()
+            .flatten()
+            .filter(|part| part.len() > 3)
+            .fold(text.to_owned(), |text, part| text.replace(part, "***"))
     }
 }
 
@@ -191,7 +193,9 @@ mod tests {
                     [other]\n# note\naws_access_key_id=AKID2\naws_secret_access_key = secret/two\naws_session_token=token2\n[half]\naws_access_key_id=x\n";
         let find = |profile: Option<&str>, vars: &[(&str, &str)]| {
             let env = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
-            Credentials::find(profile, &env, &|path| (path == PathBuf::from("/h/.aws/credentials")).then(|| file.to_owned()))
+            Credentials::find(profile, &env, &|path| {
+                (path == PathBuf::from("/h/.aws/credentials")).then(|| file.to_owned())
+            })
         };
         let home = ("HOME", "/h");
         let env = [home, ("AWS_ACCESS_KEY_ID", "AKENV"), ("AWS_SECRET_ACCESS_KEY", "secret-env")];

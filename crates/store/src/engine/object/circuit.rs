@@ -144,10 +144,17 @@ mod tests {
 
     #[test]
     fn pauses_double_within_their_bounds() {
-        let limits = Limits { pause_first: Duration::from_millis(10), pause_max: Duration::from_millis(35), ..Limits::default() };
+        let limits = Limits {
+            pause_first: Duration::from_millis(10),
+            pause_max: Duration::from_millis(35),
+            ..Limits::default()
+        };
         for (next, bound) in [(1, 10), (2, 20), (3, 35), (30, 35)] {
             let longest = (0..200).map(|_| limits.pause(next)).max().unwrap();
-            assert!(longest <= Duration::from_millis(bound) && longest > Duration::from_millis(bound / 2), "{longest:?}");
+            assert!(
+                longest <= Duration::from_millis(bound) && longest > Duration::from_millis(bound / 2),
+                "{longest:?}"
+            );
         }
     }
 

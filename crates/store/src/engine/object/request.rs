@@ -4,7 +4,9 @@ use super::address::{Address, Credentials};
 use super::circuit::{Breaker, Limits, random_u64};
 use object_store::aws::AmazonS3;
 use object_store::path::Path;
-use object_store::{Attribute, AttributeValue, Attributes, GetOptions, ObjectStore, PutMode, PutOptions, PutPayload, UpdateVersion};
+use object_store::{
+    Attribute, AttributeValue, Attributes, GetOptions, ObjectStore, PutMode, PutOptions, PutPayload, UpdateVersion,
+};
 use std::future::Future;
 use std::io;
 use std::time::Duration;
