@@ -30,6 +30,7 @@ mod shared;
 mod store;
 mod sweep;
 mod transaction;
+pub mod transfer;
 mod tree;
 mod verify;
 

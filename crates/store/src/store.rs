@@ -3,7 +3,7 @@
 use crate::cache::Cache;
 use crate::catalog::{Catalog, Location, Pack};
 use crate::engine::local::OpenError;
-use crate::engine::{Engine, Etag, Local};
+use crate::engine::{Engine, Etag, Health, Local, S3};
 use crate::error::Error;
 use crate::frame::{Frame, FrameInfo, Kind};
 use crate::head::{self, Manifest};
@@ -122,6 +122,23 @@ impl Store {
         Self::open_engine(Arc::new(engine), mode)
     }
 
+    /// Opens the store at `place`: an address that starts with `s3://` (see [`crate::engine::S3::open`]), where
+    /// [`Mode::ReadWrite`] is taken as [`Mode::Shared`], or else a directory.
+    ///
+    /// # Errors
+    /// As [`Store::open`]; the address makes no sense, there are no credentials, or the server is refused.
+    pub fn open_place(place: &str, mode: Mode) -> Result<Self, Error> {
+        if !place.starts_with("s3://") {
+            return Self::open(Path::new(place), mode);
+        }
+        let engine = S3::open(place).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidInput => Error::Invalid(error.to_string()),
+            // Nothing of the address is repeated that could not be read.
+            _ => Error::io("use", "the object store", error),
+        })?;
+        Self::open_engine(Arc::new(engine), if mode == Mode::ReadWrite { Mode::Shared } else { mode })
+    }
+
     /// Opens the store on an engine.
     ///
     /// # Errors
@@ -188,6 +205,18 @@ impl Store {
 
     pub(crate) fn writable(&self, action: &'static str) -> Result<(), Error> {
         if self.mode == Mode::ReadOnly { Err(Error::ReadOnly { action }) } else { Ok(()) }
+    }
+
+    /// Which store this is: the same in every process, another for every store, and no secret.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.keys.id.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// How the engine's medium has been answering.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.engine.health()
     }
 
     /// A blob of zeros. Costs nothing and needs no IO: its root is a well-known name.

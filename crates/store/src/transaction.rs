@@ -10,7 +10,7 @@ use crate::name::{Name, Version};
 use crate::shared::Safety;
 use crate::store::Store;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A unit of writing: any number of commits, then one publication. Dropped unpublished, it leaves nothing that
@@ -22,6 +22,8 @@ pub struct Transaction<'a> {
     /// The packs it started; the last one takes more frames.
     packs: Mutex<Vec<Arc<Pack>>>,
     pub(crate) safety: Mutex<Safety>,
+    /// Full packs become durable at once.
+    seal_full: AtomicBool,
     _counts: HoldCounts<'a>,
 }
 
@@ -51,6 +53,8 @@ impl Store {
             held: Mutex::default(),
             packs: Mutex::default(),
             safety: Mutex::default(),
+            // What an engine holds in memory until it is durable must not grow with the transaction.
+            seal_full: AtomicBool::new(self.engine.is_remote()),
             _counts: self.hold_counts(),
         }
     }
@@ -94,14 +98,18 @@ impl Transaction<'_> {
             {
                 return Ok(Appended { pack: Arc::clone(pack), frame });
             }
-            // What is held in memory until it is durable must not grow with the transaction.
-            if self.store.engine.is_remote()
+            if self.seal_full.load(Ordering::Relaxed)
                 && let Some(full) = packs.last()
             {
                 self.store.seal_packs(std::iter::once(full))?;
             }
             packs.push(self.store.start_pack()?);
         }
+    }
+
+    /// Makes each pack durable as soon as it is full, so that what a killed transaction has done is found again.
+    pub(crate) fn seal_when_full(&self) {
+        self.seal_full.store(true, Ordering::Relaxed);
     }
 
     /// Makes the packs of this transaction durable, whether or not anything refers to them yet.
