@@ -232,6 +232,10 @@ fn a_collector_that_died_is_taken_over_from() {
 /// What one round of the storm published, by head.
 type Published = Mutex<BTreeMap<String, (Version, Arc<Vec<u8>>)>>;
 
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Writers commit the same and different content, some die, heads come and go, and both stores collect all the
 /// while; then everything that a head names is read.
 fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Duration, seed: u64) {
@@ -292,10 +296,8 @@ fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Durat
                             let mut published = published.lock().unwrap();
                             match tx.publish(&name, expect, &manifest(&[("ram", version)])) {
                                 Ok(_) => drop(published.insert(name, (version, content))),
-                                Err(Error::HeadChanged { .. }) => drop(lost_races.fetch_add(1, Ordering::Relaxed)),
-                                Err(Error::Unknown { .. } | Error::Invalid(_)) => {
-                                    drop(too_slow.fetch_add(1, Ordering::Relaxed))
-                                }
+                                Err(Error::HeadChanged { .. }) => count(lost_races),
+                                Err(Error::Unknown { .. } | Error::Invalid(_)) => count(too_slow),
                                 Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
                             }
                         }

@@ -426,20 +426,21 @@ async fn prove(link: &Arc<Link>, one: &Path, raced: &Path) -> Result<Result<(), 
     if second == first || !refuses(link, one, Some(&first)).await? {
         return Ok(Err("gives different contents the same ETag".to_owned()));
     }
-    for (path, expect) in [(raced, None), (one, Some(second.as_str()))] {
-        let race: Vec<_> = (0u8..4)
-            .map(|number| {
-                let (link, path, expect) = (Arc::clone(link), path.clone(), expect.map(str::to_owned));
-                tokio::spawn(async move { link.swap(&path, expect.as_deref(), &[b'r', number]).await })
-            })
-            .collect();
+    // Both races at once: some servers let the losers wait for whole seconds.
+    let races = [(raced, None), (one, Some(second.as_str()))].map(|(path, expect)| {
+        [0u8, 1].map(|number| {
+            let (link, path, expect) = (Arc::clone(link), path.clone(), expect.map(str::to_owned));
+            tokio::spawn(async move { link.swap(&path, expect.as_deref(), &[b'r', number]).await })
+        })
+    });
+    for race in races {
         let mut winners = 0;
         for racer in race {
             let swapped = racer.await.map_err(|error| Failure::Away(error.to_string()))?;
             winners += usize::from(matches!(swapped?, Swapped::Done(_)));
         }
         if winners != 1 {
-            return Ok(Err(format!("lets {winners} of 4 conditional puts through that exclude each other")));
+            return Ok(Err(format!("lets {winners} of 2 conditional puts through that exclude each other")));
         }
     }
     Ok(Ok(()))
