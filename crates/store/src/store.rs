@@ -164,6 +164,10 @@ impl Store {
                 "{place} cannot be shared by many writers; use an object store (s3://…)"
             )));
         }
+        if mode == Mode::ReadWrite && engine.is_remote() {
+            let place = engine.describe();
+            return Err(Error::Invalid(format!("nobody keeps other writers away from {place}; open it as shared")));
+        }
         if mode != Mode::ReadOnly {
             engine.prove().map_err(|error| Error::io("use", engine.describe(), error))?;
         }

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// Rounds of a collection that others come in between of.
 const ROUNDS: usize = 8;
+/// Rounds in which a fault is taken for somebody else's work.
+const AGAIN: usize = 2;
 /// Indexes read at once.
 const INDEXES_AT_ONCE: usize = 16;
 /// Less waste than this is not worth copying for.
@@ -200,17 +202,21 @@ impl Store {
     /// One collection of a shared store: condemns, spares, removes, compacts.
     pub(crate) fn sweep(&self) -> Result<Collected, Error> {
         let mut done = Collected::default();
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             let began = boot_time();
             let now_ms = self
                 .engine
                 .now_ms()
                 .map_err(|error| Error::io("ask for the time of", self.engine.describe(), error))?;
             let (record, etag) = self.record()?;
-            let marked = self.mark(&record, &HashSet::new())?;
+            let marked = match self.mark(&record, &HashSet::new()) {
+                // A head may have gone while it was followed; what it reached may be gone as well.
+                Err(error) if error.may_be_stale() && round < AGAIN => continue,
+                marked => marked?,
+            };
             if let Some((name, head)) = &marked.missing {
-                if self.record()?.1 != etag {
-                    continue; // another collector removed a pack while this one looked
+                if round < AGAIN || self.record()?.1 != etag {
+                    continue; // the same, or another collector removed a pack while this one looked
                 }
                 let first = format!("head `{head}`: no pack holds {name}");
                 return Err(Error::Damaged { faults: 1, first });

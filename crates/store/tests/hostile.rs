@@ -48,6 +48,9 @@ struct Plan {
     only: String,
 }
 
+/// Content, number of the put, and the mark it came with.
+type Kept = (Vec<u8>, u32, String);
+
 /// A front on a port of its own.
 struct Front {
     endpoint: String,
@@ -154,7 +157,7 @@ impl Front {
 
     /// A server that stores and gives, but looks at no condition of the kinds named.
     fn that_ignores(headers: &'static [&'static str]) -> Self {
-        let objects: Mutex<HashMap<String, (Vec<u8>, u32, String)>> = Mutex::default();
+        let objects: Mutex<HashMap<String, Kept>> = Mutex::default();
         let puts = AtomicU32::new(0);
         Self::serve(move |client, request, _| {
             let mut objects = objects.lock().unwrap();

@@ -32,6 +32,10 @@ fn a_directory_or_an_engine_of_one_writer_cannot_be_shared() {
     assert!(matches!(Store::open(dir.path(), Mode::Shared), Err(Error::Invalid(_))));
     let local = store::engine::Local::open_writer(dir.path()).unwrap_or_else(|_| panic!("nobody else uses it"));
     assert!(matches!(Store::open_engine(Arc::new(local), Mode::Shared), Err(Error::Invalid(_))));
+    // And what nobody locks is not for one writer.
+    let server = Arc::new(weed::engine());
+    assert!(matches!(Store::open_engine(server, Mode::ReadWrite), Err(Error::Invalid(_))));
+    assert!(matches!(Store::open_place("s3://b?endpoint=nowhere", Mode::ReadWrite), Err(Error::Invalid(_))));
 }
 
 #[test]
