@@ -86,7 +86,7 @@ fn a_transaction_that_is_dropped_leaves_nothing_and_harms_nobody() {
 #[test]
 fn garbage_waits_for_the_grace_period_and_is_spared_when_it_is_reached_again() {
     let engine = memory();
-    let store = open(&engine, 600);
+    let store = open(&engine, 3000);
     let (a, b) = (Mem(Rng(4).mixed(300)), Mem(Rng(5).mixed(300)));
     let (version_a, _) = (publish(&store, "a", &a), publish(&store, "b", &b));
     let (head_a, _) = store.head("a").unwrap().unwrap();
@@ -95,15 +95,15 @@ fn garbage_waits_for_the_grace_period_and_is_spared_when_it_is_reached_again() {
     store.delete_head("a").unwrap();
     store.delete_head("b").unwrap();
     assert_eq!(store.collect().unwrap().condemned, 0, "nothing that young is condemned");
-    sleep(Duration::from_millis(700));
+    sleep(Duration::from_millis(3100));
     assert!(store.explain_collection(&[]).unwrap().packs.iter().all(|pack| pack.fate == Fate::Condemn));
     assert_eq!(store.collect().unwrap().condemned, 2);
     assert!(store.explain_collection(&[]).unwrap().packs.iter().all(|pack| pack.fate == Fate::Wait));
     assert_eq!(store.collect().unwrap().packs, 0);
     // One more writer publishes the old version again: what it reaches is stored again, or spared.
-    let other = open(&engine, 600);
+    let other = open(&engine, 3000);
     other.begin().publish("a/again", Expect::Absent, &head_a).unwrap();
-    sleep(Duration::from_millis(700));
+    sleep(Duration::from_millis(3100));
     collect_shared(&store);
     let kept = store.explain_collection(&[]).unwrap();
     assert!(kept.packs.iter().all(|pack| pack.why.contains("`a/again`")), "{kept:#?}");
@@ -116,12 +116,12 @@ fn garbage_waits_for_the_grace_period_and_is_spared_when_it_is_reached_again() {
 #[test]
 fn what_no_head_reaches_any_more_cannot_be_published_by_halves() {
     let engine = memory();
-    let (store, other) = (open(&engine, 200), open(&engine, 200));
+    let (store, other) = (open(&engine, 1000), open(&engine, 1000));
     let content = Mem(Rng(6).mixed(300));
     let version = publish(&store, "a", &content);
     assert_same(&read_all(&other, &version).unwrap(), &content.0);
     store.delete_head("a").unwrap();
-    sleep(Duration::from_millis(300));
+    sleep(Duration::from_millis(1100));
     collect_shared(&store);
     assert!(engine.list("packs").unwrap().is_empty());
     // This writer remembers the version, its nodes and some frames.
@@ -155,7 +155,7 @@ fn a_slow_writer_publishes_whole_or_not_at_all() {
             other.publish("other", Expect::Any, &manifest(&[("ram", one)])).unwrap();
         }
         collector.delete_head("base").unwrap();
-        for _ in 0..=round {
+        for _ in 0..round {
             sleep(Duration::from_millis(300));
             collector.collect().unwrap();
         }
@@ -167,7 +167,7 @@ fn a_slow_writer_publishes_whole_or_not_at_all() {
                 }
             }
             Err(Error::Unknown { .. } | Error::Invalid(_) | Error::Io { .. }) => {
-                assert!(round > 1, "nothing can have been removed yet");
+                assert!(round > 0, "nobody removed anything");
             }
             Err(other) => panic!("{other}"),
         }
@@ -178,7 +178,7 @@ fn a_slow_writer_publishes_whole_or_not_at_all() {
 #[test]
 fn scattered_survivors_and_small_packs_are_gathered() {
     let engine = memory();
-    let store = open(&engine, 100);
+    let store = open(&engine, 1500);
     let mut rng = Rng(8);
     let mut content = Mem(rng.noise(2000 * 4096));
     let mut version = publish(&store, "vm", &content);
@@ -196,7 +196,7 @@ fn scattered_survivors_and_small_packs_are_gathered() {
     content.0[..1999 * 4096].fill(0);
     let (last, _) = commit(&tx, &version, &half, &[], &zeroed).unwrap();
     tx.publish("vm", Expect::Any, &manifest(&[("ram", last)])).unwrap();
-    sleep(Duration::from_millis(200));
+    sleep(Duration::from_millis(1600));
     collect_shared(&store);
     assert!(store.stats().packs <= 3, "{:?}", store.stats());
     assert!(store.stats().stored_bytes < 100_000, "{:?}", store.stats());
@@ -208,7 +208,7 @@ fn scattered_survivors_and_small_packs_are_gathered() {
 fn a_collector_that_died_is_taken_over_from() {
     let memory = Memory::default();
     let engine: Arc<dyn Engine> = Arc::new(memory.clone());
-    let store = open(&engine, 100);
+    let store = open(&engine, 400);
     let kept = Mem(Rng(9).mixed(200));
     let version = publish(&store, "kept", &kept);
     for number in 0..4 {
@@ -216,14 +216,14 @@ fn a_collector_that_died_is_taken_over_from() {
     }
     (0..4).for_each(|number| assert!(store.delete_head(&format!("gone{number}")).unwrap()));
     let before = memory.log().len();
-    sleep(Duration::from_millis(150));
+    sleep(Duration::from_millis(450));
     collect_shared(&store);
     let log = memory.log();
     assert!(log.len() > before + 8);
     // Every state that the death of the collector can leave.
     for end in before..=log.len() {
         let crashed: Arc<dyn Engine> = Arc::new(Memory::crashed_after(&log[..end]));
-        let next = open(&crashed, 100);
+        let next = open(&crashed, 400);
         assert_same(&read_all(&next, &version).unwrap(), &kept.0);
         assert_sound(&next);
         collect_shared(&next);
