@@ -6,17 +6,19 @@ mod common;
 #[path = "common/weed.rs"]
 mod weed;
 
+use base::ByteRange;
 use common::{
     Mem, Rng, assert_same, assert_sound, collect_shared, commit, commit_all, manifest, publish, range, read_all,
 };
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 use store::engine::object::Limits;
-use store::engine::{Engine, Memory, S3};
-use store::{Error, Expect, Fate, Mode, Store, Version};
+use store::engine::{Engine, Memory, Object, S3, Upload};
+use store::{Error, Etag, Expect, Fate, Mode, Store, Version};
 
 fn open(engine: &Arc<dyn Engine>, grace_ms: u64) -> Store {
     Store::open_shared(Arc::clone(engine), Duration::from_millis(grace_ms)).unwrap()
@@ -230,6 +232,107 @@ fn a_collector_that_died_is_taken_over_from() {
         assert_eq!(next.stats().packs, 1, "after step {end}");
         assert_same(&read_all(&next, &version).unwrap(), &kept.0);
         assert_sound(&next);
+    }
+}
+
+/// Memory that does something just before the record is swapped.
+struct Hooked {
+    memory: Memory,
+    hook: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Engine for Hooked {
+    fn describe(&self) -> String {
+        self.memory.describe()
+    }
+    fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>> {
+        self.memory.upload(name)
+    }
+    fn open(&self, name: &str) -> io::Result<Arc<dyn Object>> {
+        self.memory.open(name)
+    }
+    fn get(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.memory.get(name)
+    }
+    fn put(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.memory.put(name, bytes)
+    }
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        self.memory.list(folder)
+    }
+    fn remove(&self, names: &[String]) -> io::Result<()> {
+        self.memory.remove(names)
+    }
+    fn punch(&self, name: &str, ranges: &[ByteRange]) -> io::Result<()> {
+        self.memory.punch(name, ranges)
+    }
+    fn footprint(&self, name: &str) -> io::Result<u64> {
+        self.memory.footprint(name)
+    }
+    fn head(&self, name: &str) -> io::Result<Option<(Vec<u8>, Etag)>> {
+        self.memory.head(name)
+    }
+    fn heads(&self) -> io::Result<Vec<String>> {
+        self.memory.heads()
+    }
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>> {
+        let hook = self.hook.lock().unwrap().take_if(|_| name == ".condemned");
+        if let Some(hook) = hook {
+            hook();
+        }
+        self.memory.swap_head(name, expect, bytes)
+    }
+    fn remove_head(&self, name: &str) -> io::Result<bool> {
+        self.memory.remove_head(name)
+    }
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        self.memory.put_new(name, bytes)
+    }
+    fn can_share(&self) -> bool {
+        true
+    }
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        self.memory.made_ms(name)
+    }
+}
+
+/// The narrowest moment: the collector has marked, found nothing, and is about to say that the pack goes. What a
+/// writer stores, changes and names again just then is there afterwards.
+#[test]
+fn what_is_published_between_the_mark_and_the_removal_is_kept() {
+    for what in ["same content", "change of an old version", "old version"] {
+        let memory = Memory::default();
+        let hooked = Arc::new(Hooked { memory: memory.clone(), hook: Mutex::default() });
+        let collector = open(&(Arc::clone(&hooked) as Arc<dyn Engine>), 1000);
+        let writer = Arc::new(open(&(Arc::new(memory.clone()) as Arc<dyn Engine>), 1000));
+        let content = Mem(Rng(20).mixed(300));
+        let version = publish(&writer, "a", &content);
+        writer.delete_head("a").unwrap();
+        sleep(Duration::from_millis(1100));
+        assert_eq!(collector.collect().unwrap().condemned, 1);
+        sleep(Duration::from_millis(1100));
+        let published = Arc::new(Mutex::new(None));
+        let (also, writer_also) = (Arc::clone(&published), Arc::clone(&writer));
+        *hooked.hook.lock().unwrap() = Some(Box::new(move || {
+            let mut content = Mem(Rng(20).mixed(300));
+            let tx = writer_also.begin();
+            let made = match what {
+                "same content" => commit_all(&tx, &content).unwrap().0,
+                "old version" => version,
+                _ => {
+                    content.0[..4096].fill(9);
+                    commit(&tx, &version, &content, &[range(0, 1)], &[]).unwrap().0
+                }
+            };
+            tx.publish("b", Expect::Absent, &manifest(&[("ram", made)])).unwrap();
+            *also.lock().unwrap() = Some((made, content));
+        }));
+        assert_eq!(collector.collect().unwrap().packs, 1, "the old pack goes");
+        let (made, content) = published.lock().unwrap().take().expect("the hook ran");
+        let fresh = open(&(Arc::new(memory) as Arc<dyn Engine>), 1000);
+        assert_same(&read_all(&fresh, &made).unwrap(), &content.0);
+        assert_sound(&fresh);
+        assert_sound(&writer);
     }
 }
 
