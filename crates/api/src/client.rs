@@ -2,14 +2,18 @@
 
 use crate::types::{ErrorBody, Line, Progress};
 use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
@@ -86,6 +90,84 @@ impl Client {
         self.once(Method::POST, path, json(body))
     }
 
+    /// `PUT path` with a JSON body.
+    ///
+    /// # Errors
+    /// As [`ClientError`] says.
+    pub fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        self.once(Method::PUT, path, json(body))
+    }
+
+    /// Sends all that `source` gives as the body of a request, and tells `progress` how many bytes have gone.
+    ///
+    /// # Errors
+    /// As [`ClientError`] says; a source that fails breaks the request off, and nothing of it takes effect.
+    pub fn upload<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        path: &str,
+        mut source: impl Read + Send + 'static,
+        mut progress: impl FnMut(u64) + Send + 'static,
+    ) -> Result<T, ClientError> {
+        let name = format!("{method} {path}");
+        let method = method.parse().map_err(|e| broken(&name, &e))?;
+        let (tx, rx) = tokio::sync::mpsc::channel(4);
+        // Reading blocks, and would keep the event loop from sending.
+        let reader = std::thread::spawn(move || {
+            let mut sent = 0;
+            loop {
+                let mut buffer = vec![0; 1 << 20];
+                let chunk = source.read(&mut buffer).map(|n| {
+                    buffer.truncate(n);
+                    Bytes::from(buffer)
+                });
+                let over = chunk.as_ref().map_or(true, Bytes::is_empty);
+                sent += chunk.as_ref().map_or(0, |c| c.len() as u64);
+                if chunk.as_ref().is_ok_and(Bytes::is_empty) || tx.blocking_send(chunk).is_err() || over {
+                    return;
+                }
+                progress(sent);
+            }
+        });
+        let answer = self.runtime.block_on(async {
+            let response = self.send(method, path, UnsyncBoxBody::new(Chunks(rx)), false).await?;
+            answer(&name, response).await
+        });
+        // One that waits for more input, though nobody wants it any more, must not be waited for.
+        if answer.is_ok() {
+            let _ = reader.join();
+        }
+        answer
+    }
+
+    /// Writes the body that `GET path` is answered with to `sink`, as it comes; says how many bytes it had.
+    ///
+    /// # Errors
+    /// As [`ClientError`] says, a body that ends early included; what the sink meets is `Broken`.
+    pub fn download(
+        &self,
+        path: &str,
+        sink: &mut dyn Write,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<u64, ClientError> {
+        let name = format!("GET {path}");
+        self.runtime.block_on(async {
+            let response = self.send(Method::GET, path, full(Bytes::new()), false).await?;
+            if !response.status().is_success() {
+                return Err(refusal(&name, response).await);
+            }
+            let (mut body, mut done) = (response.into_body(), 0);
+            while let Some(frame) = body.frame().await {
+                let frame = frame.map_err(|e| broken(&name, &e))?;
+                let Some(data) = frame.data_ref() else { continue };
+                sink.write_all(data).map_err(|e| broken(&name, &format!("writing what came: {e}")))?;
+                done += data.len() as u64;
+                progress(done);
+            }
+            Ok(done)
+        })
+    }
+
     /// `POST path` of a long operation: calls `progress` for each step and returns the result.
     ///
     /// # Errors
@@ -125,7 +207,7 @@ impl Client {
     pub fn upgrade(&self, path: &str) -> Result<Upgraded, ClientError> {
         let name = format!("GET {path}");
         self.runtime.block_on(async {
-            let response = self.send(Method::GET, path, Bytes::new(), true).await?;
+            let response = self.send(Method::GET, path, full(Bytes::new()), true).await?;
             if response.status() != hyper::StatusCode::SWITCHING_PROTOCOLS {
                 return Err(refusal(&name, response).await);
             }
@@ -140,12 +222,8 @@ impl Client {
     fn once<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<T, ClientError> {
         let name = format!("{method} {path}");
         self.runtime.block_on(async {
-            let response = self.send(method, path, body, false).await?;
-            if !response.status().is_success() {
-                return Err(refusal(&name, response).await);
-            }
-            let bytes = response.into_body().collect().await.map_err(|e| broken(&name, &e))?.to_bytes();
-            serde_json::from_slice(&bytes).map_err(|e| broken(&name, &e))
+            let response = self.send(method, path, full(body), false).await?;
+            answer(&name, response).await
         })
     }
 
@@ -158,7 +236,7 @@ impl Client {
     ) -> Result<(), ClientError> {
         let name = format!("{method} {path}");
         self.runtime.block_on(async {
-            let response = self.send(method, path, body, false).await?;
+            let response = self.send(method, path, full(body), false).await?;
             if !response.status().is_success() {
                 return Err(refusal(&name, response).await);
             }
@@ -181,7 +259,7 @@ impl Client {
         &self,
         method: Method,
         path: &str,
-        body: Bytes,
+        body: Body,
         upgrade: bool,
     ) -> Result<Response<Incoming>, ClientError> {
         let name = format!("{method} {path}");
@@ -198,9 +276,39 @@ impl Client {
         if upgrade {
             request = request.header("connection", "upgrade").header("upgrade", "offshoot-console");
         }
-        let request = request.body(Full::new(body)).map_err(|e| broken(&name, &e))?;
+        let request = request.body(body).map_err(|e| broken(&name, &e))?;
         sender.send_request(request).await.map_err(|e| broken(&name, &e))
     }
+}
+
+/// The body of a request.
+type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+fn full(body: Bytes) -> Body {
+    UnsyncBoxBody::new(Full::new(body).map_err(|never| match never {}))
+}
+
+/// A body that comes in pieces; an error breaks the request off.
+struct Chunks(tokio::sync::mpsc::Receiver<std::io::Result<Bytes>>);
+
+impl hyper::body::Body for Chunks {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        self.0.poll_recv(context).map(|chunk| chunk.map(|chunk| chunk.map(Frame::data)))
+    }
+}
+
+async fn answer<T: DeserializeOwned>(name: &str, response: Response<Incoming>) -> Result<T, ClientError> {
+    if !response.status().is_success() {
+        return Err(refusal(name, response).await);
+    }
+    let bytes = response.into_body().collect().await.map_err(|e| broken(name, &e))?.to_bytes();
+    serde_json::from_slice(&bytes).map_err(|e| broken(name, &e))
 }
 
 fn json(body: &impl Serialize) -> Bytes {

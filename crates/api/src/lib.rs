@@ -4,8 +4,10 @@
 //! `application/x-ndjson`: lines `{"progress": …}` and, last, one of `{"result": …}` or `{"error": …}`; an
 //! operation that fails before it begins answers with an [`ErrorBody`] and a status. `docs/api.md` lists the routes.
 
+mod blobs;
 pub mod client;
 mod types;
 
+pub use blobs::*;
 pub use client::{Client, ClientError, Upgraded};
 pub use types::*;

@@ -62,9 +62,11 @@ impl Error {
     pub fn body(&self) -> ErrorBody {
         let full = matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull);
         let kind = match self {
-            Self::Invalid(_) => ErrorKind::Invalid,
-            Self::NotFound(_) => ErrorKind::NotFound,
-            Self::Conflict(_) => ErrorKind::Conflict,
+            Self::Invalid(_) | Self::Store(store::Error::Invalid(_) | store::Error::OutOfRange { .. }) => {
+                ErrorKind::Invalid
+            }
+            Self::NotFound(_) | Self::Store(store::Error::NotFound { .. }) => ErrorKind::NotFound,
+            Self::Conflict(_) | Self::Store(store::Error::HeadChanged { .. }) => ErrorKind::Conflict,
             Self::Host(_) | Self::Vmm(vmm::Error::Spawn { .. } | vmm::Error::Died { .. }) => ErrorKind::Host,
             Self::Store(store::Error::NoSpace { .. }) => ErrorKind::Host,
             _ if full => ErrorKind::Host,

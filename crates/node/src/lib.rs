@@ -4,6 +4,7 @@
 //! it. Each VM is owned by one thread ([`vm`]); the mirror is a process of its own ([`mirror_link`]); what is frozen
 //! reaches the store behind the guests' backs ([`commit`]).
 
+mod blobs;
 mod commit;
 pub mod doctor;
 mod error;
@@ -22,6 +23,7 @@ mod sweep;
 pub mod sys;
 pub mod vm;
 
+pub use blobs::Named;
 pub use error::{Error, Result};
 pub use home::Home;
 pub use images::ENV_CACHE;

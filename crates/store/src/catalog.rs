@@ -92,7 +92,7 @@ pub(crate) struct Writer {
     upload: Box<dyn Upload>,
     index: Index,
     at: u64,
-    /// The pack object is visible; only its index is missing.
+    /// The pack object may be visible, and its index; that was not confirmed.
     uploaded: bool,
 }
 
@@ -213,20 +213,23 @@ impl Pack {
         Ok(Some(number as u32))
     }
 
-    /// Makes the pack durable and visible: frames first, then by `put` its index.
-    pub(crate) fn seal(&self, put: impl FnOnce(PackId, &Index) -> Result<(), Error>) -> Result<(), Error> {
+    /// Makes the pack durable and visible by `finish`: frames first, then the index.
+    pub(crate) fn seal(
+        &self,
+        finish: impl FnOnce(&mut dyn Upload, PackId, &Index) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let mut guard = self.writer();
         let Some(writer) = guard.as_mut() else { return Ok(()) };
-        writer.upload.finish().map_err(|error| Error::io("make durable", self.id.pack_object(), error))?;
+        // From the attempt on nobody can tell, and nothing may be added.
         writer.uploaded = true;
-        put(self.id, &writer.index)?;
+        finish(&mut *writer.upload, self.id, &writer.index)?;
         *self.object() = None;
         *guard = None;
         self.sealed.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Ends an unsealed pack; returns the names in it, and whether its object became visible already. `None`
+    /// Ends an unsealed pack; returns the names in it, and whether its objects may be visible already. `None`
     /// when it was sealed meanwhile.
     pub(crate) fn abandon(&self) -> Option<(Vec<Name>, bool)> {
         self.writer().take().map(|writer| (writer.index.names, writer.uploaded))

@@ -18,6 +18,7 @@ pub use object::Object as S3;
 use base::ByteRange;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The state a head was seen in. Opaque; only compared by the engine that made it.
@@ -60,6 +61,33 @@ impl Expect {
     }
 }
 
+/// The bytes of a head in a file of their own, durable and not yet visible. Removed when it is not used.
+#[derive(Debug)]
+pub struct Staged(PathBuf);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Gone where it was used. What cannot be removed goes when a writer opens next.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A compare-and-swap asked for together with others.
+#[derive(Debug)]
+pub struct HeadSwap {
+    /// The head.
+    pub name: String,
+    /// The state it must be in.
+    pub expect: Expect,
+    /// Its new bytes.
+    pub bytes: Vec<u8>,
+    /// These bytes, made durable already.
+    pub staged: Option<Staged>,
+}
+
+/// What became of a compare-and-swap: the new state, or what was found instead.
+pub type Swapped = Result<Etag, &'static str>;
+
 /// An object open for reading.
 pub trait Object: Send + Sync {
     /// Fills `buf` from `offset`; fewer bytes are an `UnexpectedEof` error.
@@ -74,6 +102,16 @@ pub trait Upload: Send {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
     /// What was appended so far, for reading; stays good after `finish`.
     fn object(&self) -> Arc<dyn Object>;
+    /// Makes what was appended durable and not yet visible, so that finishing has less to do. Never needed.
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    /// As `finish`, then `then`, which makes another object of the same folder visible. Both are durable when this
+    /// returns, and at no instant is the other one visible without this.
+    fn finish_before(&mut self, then: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.finish()?;
+        then()
+    }
     /// Makes it durable, then visible. May be repeated after an error, but once the medium reported that it
     /// could not make data durable, every later attempt fails as well: nobody knows what it dropped.
     fn finish(&mut self) -> io::Result<()>;
@@ -83,6 +121,10 @@ pub trait Upload: Send {
 pub trait Engine: Send + Sync {
     /// For messages: the directory or address.
     fn describe(&self) -> String;
+    /// How many objects are best made durable at the same time.
+    fn concurrency(&self) -> usize {
+        1
+    }
     /// Starts an object.
     fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>>;
     /// Opens a visible object.
@@ -104,7 +146,21 @@ pub trait Engine: Send + Sync {
     /// All heads.
     fn heads(&self) -> io::Result<Vec<String>>;
     /// Compare-and-swap of a head. The inner error says what was found instead.
-    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>>;
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped>;
+    /// Finishes an upload, then writes the small object `name` of the same folder. May be repeated after an error.
+    fn finish_with(&self, upload: &mut dyn Upload, name: &str, bytes: &[u8]) -> io::Result<()> {
+        upload.finish_before(&mut || self.put(name, bytes))
+    }
+    /// Makes a head's bytes durable ahead of its swap, where that makes the swap quicker.
+    fn stage_head(&self, bytes: &[u8]) -> Option<Staged> {
+        let _ = bytes;
+        None
+    }
+    /// Compare-and-swap of several heads, no two of one name: each by itself, in any order, where doing them together
+    /// is cheaper. As many results as swaps.
+    fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
+        swaps.iter().map(|swap| self.swap_head(&swap.name, &swap.expect, &swap.bytes)).collect()
+    }
     /// Removes a head; whether it was there.
     fn remove_head(&self, name: &str) -> io::Result<bool>;
 

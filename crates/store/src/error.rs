@@ -78,6 +78,12 @@ pub enum Error {
     /// A request that makes no sense; the caller has to change it.
     #[error("bad request: {0}")]
     Invalid(String),
+    /// There is no such blob, version, tag or snapshot of blobs (any more).
+    #[error("there is no {what}; list what there is and repeat with one of these")]
+    NotFound {
+        /// Kind and name, and why where that is known.
+        what: String,
+    },
     /// Another writer published under this head first: read it again and decide.
     #[error("head `{head}` is not in the state expected: {found}")]
     HeadChanged {
@@ -116,6 +122,29 @@ impl Error {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { object, source },
             _ => Self::Io { action, object, source },
+        }
+    }
+
+    /// The same again, for each of several callers whose work failed together.
+    pub(crate) fn copy(&self) -> Self {
+        let again = |source: &io::Error| io::Error::new(source.kind(), source.to_string());
+        match self {
+            Self::NoSpace { object, source } => Self::NoSpace { object: object.clone(), source: again(source) },
+            Self::Io { action, object, source } => Self::Io { action, object: object.clone(), source: again(source) },
+            Self::Locked { dir, pid } => Self::Locked { dir: dir.clone(), pid: pid.clone() },
+            Self::NotAStore { dir, why } => Self::NotAStore { dir: dir.clone(), why: why.clone() },
+            Self::Corrupt { object, offset, what } => {
+                Self::Corrupt { object: object.clone(), offset: *offset, what: what.clone() }
+            }
+            Self::Unknown { kind, name } => Self::Unknown { kind, name: *name },
+            Self::ReadOnly { action } => Self::ReadOnly { action },
+            Self::OutOfRange { offset, len, size } => Self::OutOfRange { offset: *offset, len: *len, size: *size },
+            Self::Invalid(why) => Self::Invalid(why.clone()),
+            Self::NotFound { what } => Self::NotFound { what: what.clone() },
+            Self::HeadChanged { head, found } => Self::HeadChanged { head: head.clone(), found },
+            Self::Cancelled => Self::Cancelled,
+            Self::Source { offset, source } => Self::Source { offset: *offset, source: again(source) },
+            Self::Damaged { faults, first } => Self::Damaged { faults: *faults, first: first.clone() },
         }
     }
 

@@ -11,6 +11,7 @@
 //! `tree` is pure. The engines (`engine`) are the only modules that touch a medium. `docs/store-format.md`
 //! gives every byte of the format.
 
+pub mod blob;
 mod cache;
 mod catalog;
 mod collect;
@@ -19,11 +20,13 @@ mod compact;
 pub mod engine;
 mod error;
 mod frame;
+mod group;
 mod head;
 mod ledger;
 mod name;
 mod nodes;
 mod pack;
+mod publish;
 mod read;
 mod retention;
 mod shared;

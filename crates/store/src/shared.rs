@@ -33,7 +33,7 @@ use crate::catalog::Location;
 use crate::engine::{Etag, Expect};
 use crate::error::Error;
 use crate::frame::{self, FRAME_NODES, Kind};
-use crate::head::Manifest;
+use crate::head::{self, Manifest};
 use crate::name::Name;
 use crate::pack::PackId;
 use crate::store::{Mode, Store};
@@ -246,7 +246,7 @@ impl Transaction<'_> {
 
     /// Makes sure that everything below `roots` will be there when the head is (WINDOW). New frames may be added
     /// to the packs of this transaction.
-    pub(crate) fn secure(&self, roots: &[(Name, u8)]) -> Result<(), Error> {
+    fn secure(&self, roots: &[(Name, u8)]) -> Result<(), Error> {
         let store = self.store;
         if !store.is_shared() {
             return Ok(());
@@ -278,10 +278,40 @@ impl Transaction<'_> {
         ))
     }
 
+    /// [`Transaction::publish`] where nobody counts: the engine alone decides who is first.
+    pub(crate) fn publish_shared(&self, head: &str, expect: &Expect, manifest: &Manifest) -> Result<Etag, Error> {
+        let store = self.store;
+        head::check_name(head)?;
+        // Refuses early what the swap would refuse, before anything is made durable for it.
+        let found = store.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
+        if let Some(found) = expect.refuses(found.map(|(_, etag)| etag).as_ref()) {
+            return Err(Error::HeadChanged { head: head.to_owned(), found });
+        }
+        let roots: Vec<(Name, u8)> = manifest.versions.values().map(|v| (v.root, v.height())).collect();
+        for (name, height) in &roots {
+            store.acquire(&mut store.ledger(), *name, *height)?;
+        }
+        self.secure(&roots)?;
+        store.seal_open_packs()?;
+        if !self.is_in_window() {
+            // Uploading took long.
+            self.secure(&roots)?;
+            store.seal_open_packs()?;
+        }
+        let swapped = store.engine.swap_head(head, expect, &manifest.encode(head, &store.keys));
+        match swapped.map_err(|error| Error::io("publish", head::object(head), error))? {
+            Ok(etag) => {
+                store.note_seen(manifest, boot_time());
+                Ok(etag)
+            }
+            Err(found) => Err(Error::HeadChanged { head: head.to_owned(), found }),
+        }
+    }
+
     /// Whether there is still time to swap a head.
-    pub(crate) fn is_in_window(&self) -> bool {
+    fn is_in_window(&self) -> bool {
         let (watch, safety) = (self.store.watch(), self.safety());
-        !self.store.is_shared() || safety.looked.is_some_and(|looked| boot_time() - looked < watch.grace / 2)
+        safety.looked.is_some_and(|looked| boot_time() - looked < watch.grace / 2)
     }
 
     /// Stores again what lies in condemned packs below these roots; fails where something is gone.

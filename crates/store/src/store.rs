@@ -1,15 +1,19 @@
 //! The store itself: opening, recovery, heads and figures.
 
+use crate::blob;
 use crate::cache::Cache;
 use crate::catalog::{Catalog, Location, Pack};
+use crate::commit::in_parallel;
 use crate::engine::local::OpenError;
 use crate::engine::{Engine, Etag, Health, Local, S3};
 use crate::error::Error;
 use crate::frame::{Frame, FrameInfo, Kind};
+use crate::group::Group;
 use crate::head::{self, Manifest};
 use crate::ledger::Ledger;
 use crate::name::{Keys, Name, Version};
 use crate::pack::{Index, PackId};
+use crate::publish::Publication;
 use crate::shared::{GRACE_DEFAULT, WatchLock, boot_time};
 use crate::tree::{self, Node};
 use base::ByteRange;
@@ -91,6 +95,9 @@ pub struct Store {
     pub(crate) watch: WatchLock,
     /// The grace period of a shared store that this process makes.
     pub(crate) new_grace: Duration,
+    pub(crate) publications: Group<Vec<Publication>, Vec<Result<Etag, Error>>>,
+    /// Those who write to one blob at the same time.
+    pub(crate) blob_writers: Mutex<HashMap<String, Arc<blob::Writers>>>,
     refreshing: Mutex<()>,
     pub(crate) open_packs: Mutex<Vec<Arc<Pack>>>,
     /// Packs whose objects are open, oldest first.
@@ -184,6 +191,8 @@ impl Store {
             publishing: Mutex::default(),
             watch: WatchLock::default(),
             new_grace,
+            publications: Group::default(),
+            blob_writers: Mutex::default(),
             refreshing: Mutex::default(),
             open_packs: Mutex::default(),
             open_objects: Mutex::default(),
@@ -304,7 +313,7 @@ impl Store {
         for name in self.heads("").unwrap_or_default() {
             stats.heads += 1;
             if let Ok(Some((manifest, _))) = self.head(&name) {
-                stats.logical_bytes += manifest.versions.values().map(|version| version.size).sum::<u64>();
+                stats.logical_bytes += crate::blob::logical_bytes(&name, &manifest);
             }
         }
         for pack in self.catalog.packs() {
@@ -465,21 +474,23 @@ impl Store {
         self.seal_packs(open.iter().filter(|pack| pack.live() > 0))
     }
 
-    /// Makes packs durable and visible.
+    /// Makes packs durable and visible, as many at once as the medium takes well.
     pub(crate) fn seal_packs<'a>(&self, packs: impl Iterator<Item = &'a Arc<Pack>>) -> Result<(), Error> {
-        for pack in packs {
-            let sealed = pack.is_sealed();
-            pack.seal(|id, index| {
-                let object = id.index_object();
-                let bytes = index.encode(id, &self.keys);
-                self.engine.put(&object, &bytes).map_err(|error| Error::io("write", object, error))
-            })?;
-            if !sealed {
-                // It is open for reading from now on, and one of those that may be closed.
-                self.note_open(pack.handle);
-            }
-        }
+        let sealed = in_parallel(self.engine.concurrency(), packs.collect(), |pack| self.seal_pack(pack));
         self.open_packs.lock().expect("no panic while open packs are locked").retain(|pack| !pack.is_sealed());
+        sealed.map(|_| ())
+    }
+
+    fn seal_pack(&self, pack: &Pack) -> Result<(), Error> {
+        let sealed = pack.is_sealed();
+        pack.seal(|upload, id, index| {
+            let finished = self.engine.finish_with(upload, &id.index_object(), &index.encode(id, &self.keys));
+            finished.map_err(|error| Error::io("make durable", id.pack_object(), error))
+        })?;
+        if !sealed {
+            // It is open for reading from now on, and one of those that may be closed.
+            self.note_open(pack.handle);
+        }
         Ok(())
     }
 }
@@ -504,7 +515,7 @@ pub(crate) fn given_up_ranges(frames: &[FrameInfo]) -> Vec<ByteRange> {
     out
 }
 
-fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
+pub(crate) fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut out = [0; N];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut out)?;
     Ok(out)

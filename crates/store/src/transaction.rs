@@ -4,7 +4,7 @@ use crate::catalog::{Location, Pack};
 use crate::engine::{Etag, Expect};
 use crate::error::Error;
 use crate::frame::Encoded;
-use crate::head::{self, Manifest};
+use crate::head::Manifest;
 use crate::ledger::{HoldCounts, Ledger};
 use crate::name::{Name, Version};
 use crate::shared::Safety;
@@ -72,11 +72,10 @@ impl Store {
             let Some((names, uploaded)) = pack.abandon() else { return true };
             names.iter().for_each(|name| self.catalog.forget(name, pack.handle));
             self.catalog.remove_pack(pack.handle);
-            if uploaded && let Err(error) = self.engine.remove(&[pack.id.pack_object()]) {
-                log::warn!(
-                    "cannot remove {}, which has no index; the next opening will: {error}",
-                    pack.id.pack_object()
-                );
+            // The index first: an index without its pack would look like a loss.
+            let objects = [pack.id.index_object(), pack.id.pack_object()];
+            if uploaded && let Err(error) = self.engine.remove(&objects) {
+                log::warn!("cannot remove {}, which nothing needs; a later collection will: {error}", objects[1]);
             }
             false
         });
@@ -153,68 +152,7 @@ impl Transaction<'_> {
     /// [`Error::HeadChanged`] when the head is not as expected; a version in the manifest is unknown; the medium
     /// is full or fails. Nothing was published then.
     pub fn publish(self, head: &str, expect: Expect, manifest: &Manifest) -> Result<Etag, Error> {
-        let store = self.store;
-        store.writable("publish")?;
-        head::check_name(head)?;
-        self.precheck(head, &expect)?;
-        let roots: Vec<(Name, u8)> = manifest.versions.values().map(|v| (v.root, v.height())).collect();
-        {
-            let mut ledger = store.ledger();
-            for (done, (name, height)) in roots.iter().enumerate() {
-                if let Err(error) = store.acquire(&mut ledger, *name, *height) {
-                    roots[..done].iter().for_each(|(name, height)| store.release(&mut ledger, *name, *height));
-                    return Err(error);
-                }
-            }
-        }
-        let made_durable = self.secure(&roots).and_then(|()| store.seal_open_packs()).and_then(|()| {
-            // Uploading may have taken long.
-            if self.is_in_window() { Ok(()) } else { self.secure(&roots).and_then(|()| store.seal_open_packs()) }
-        });
-        let (result, unused) = match made_durable {
-            Ok(()) => self.swap(head, &expect, manifest),
-            Err(error) => (Err(error), Some(manifest.clone())),
-        };
-        let mut ledger = store.ledger();
-        for version in unused.iter().flat_map(|manifest| manifest.versions.values()) {
-            store.release(&mut ledger, version.root, version.height());
-        }
-        drop(ledger);
-        result
-    }
-
-    /// Refuses early what the swap would refuse, before anything is made durable for it.
-    fn precheck(&self, head: &str, expect: &Expect) -> Result<(), Error> {
-        let found = self.store.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
-        match expect.refuses(found.map(|(_, etag)| etag).as_ref()) {
-            Some(found) => Err(Error::HeadChanged { head: head.to_owned(), found }),
-            None => Ok(()),
-        }
-    }
-
-    /// The compare-and-swap, and the manifest that needs its references no more: the one before, or this one
-    /// where it did not come to be. Where nobody can tell, none: too many references only leak.
-    fn swap(&self, head: &str, expect: &Expect, manifest: &Manifest) -> (Result<Etag, Error>, Option<Manifest>) {
-        let store = self.store;
-        // Where nobody counts, the engine decides alone who is first.
-        let _one = (!store.is_shared()).then(|| store.publishing.lock().expect("no panic while publishing"));
-        let old = match if store.is_shared() { Ok(None) } else { store.head(head) } {
-            Ok(found) => found.map(|(manifest, _)| manifest),
-            Err(Error::Corrupt { .. }) => None,
-            Err(error) => return (Err(error), Some(manifest.clone())),
-        };
-        let bytes = manifest.encode(head, &store.keys);
-        match store.engine.swap_head(head, expect, &bytes) {
-            Ok(Ok(etag)) => {
-                store.note_seen(manifest, crate::shared::boot_time());
-                (Ok(etag), old)
-            }
-            Ok(Err(found)) => (Err(Error::HeadChanged { head: head.to_owned(), found }), Some(manifest.clone())),
-            Err(error) => {
-                let absent = store.engine.head(head).is_ok_and(|found| found.is_none_or(|(there, _)| there != bytes));
-                (Err(Error::io("publish", head::object(head), error)), absent.then(|| manifest.clone()))
-            }
-        }
+        self.publish_so_far(head, expect, manifest)
     }
 }
 

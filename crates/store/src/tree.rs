@@ -146,6 +146,19 @@ impl Tree {
     }
 }
 
+/// Subtree `number` of `height`, counted from the left: one way down, however much lies beside it. It must lie within
+/// the tree.
+pub(crate) fn subtree<N: Nodes>(nodes: &N, tree: Tree, height: u8, number: u64) -> Result<Tree, N::Error> {
+    assert!(height <= tree.height && number < span(tree.height - height), "a subtree of that tree");
+    let mut at = tree;
+    while let Some(name) = at.name.filter(|_| at.height > height) {
+        let below = at.height - 1;
+        let slot = (number >> (FANOUT_BITS * u32::from(below - height))) as usize % FANOUT;
+        at = Tree { name: nodes.load(&name, at.height)?.child(slot), height: below };
+    }
+    Ok(Tree { height, ..at })
+}
+
 /// A run of blocks met on a walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
@@ -270,6 +283,18 @@ impl<'a, N: Nodes> Update<'a, N> {
     /// false: the block has that name already and nothing was done.
     pub(crate) fn set<S: Sink<N::Error>>(&mut self, block: u64, name: Name, sink: &mut S) -> Result<bool, N::Error> {
         self.place(0, block, Some(name), sink)
+    }
+
+    /// Puts the subtree `name` in the place of number `number` of its height, which must be lower than the tree. The
+    /// caller's reference on it passes to the update, unless this returns false: it is there already.
+    pub(crate) fn graft<S: Sink<N::Error>>(
+        &mut self,
+        height: u8,
+        number: u64,
+        name: Name,
+        sink: &mut S,
+    ) -> Result<bool, N::Error> {
+        self.place(height, number, Some(name), sink)
     }
 
     /// Makes blocks `range` zero, whole subtrees at a time.

@@ -1,5 +1,6 @@
 //! The command line: words, and what is done for each.
 
+mod blobs;
 mod connect;
 mod images;
 mod machine;
@@ -105,6 +106,9 @@ enum Command {
     /// Build, import, list and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Keep versioned arrays of bytes: write, read any version, clone, compare, tag
+    #[command(subcommand)]
+    Blob(BlobCommand),
     /// Say what this host can do, and why
     Doctor(ListArgs),
     /// Read and check everything in the store
@@ -266,6 +270,148 @@ enum ImageCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum BlobCommand {
+    /// Make a blob of zeros
+    Create {
+        /// Its name; parts may be divided by /
+        name: String,
+        /// Its size, as in 100G
+        #[arg(value_parser = base::units::parse_size)]
+        size: u64,
+        /// Size of its blocks, a power of two from 512 to 1M [default: 4K]
+        #[arg(long, value_parser = base::units::parse_size)]
+        block: Option<u64>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List blobs
+    Ls(ListArgs),
+    /// Show everything about a blob
+    Info {
+        /// Name of the blob
+        name: String,
+    },
+    /// Print the bytes of a version
+    Read {
+        /// NAME, NAME@NUMBER or NAME@TAG
+        version: String,
+        /// First byte
+        #[arg(long, default_value_t = 0, value_parser = base::units::parse_size)]
+        offset: u64,
+        /// How many bytes [default: to the end]
+        #[arg(long, value_parser = base::units::parse_size)]
+        length: Option<u64>,
+        /// File to write [default: the standard output]
+        #[arg(short, long)]
+        output: Option<PathBuf>,
+    },
+    /// Write bytes at an offset, as a new version
+    Write {
+        /// Name of the blob
+        name: String,
+        /// Where the first byte goes
+        #[arg(long, default_value_t = 0, value_parser = base::units::parse_size)]
+        offset: u64,
+        /// File with the bytes [default: the standard input]
+        file: Option<PathBuf>,
+    },
+    /// Add bytes at the end, as a new version
+    Append {
+        /// Name of the blob
+        name: String,
+        /// File with the bytes [default: the standard input]
+        file: Option<PathBuf>,
+    },
+    /// Make bytes zero, as a new version; zeros take no space
+    Zero {
+        /// Name of the blob
+        name: String,
+        /// First byte
+        #[arg(value_parser = base::units::parse_size)]
+        offset: u64,
+        /// How many bytes
+        #[arg(value_parser = base::units::parse_size)]
+        length: u64,
+    },
+    /// Cut it or let it grow with zeros, as a new version
+    Resize {
+        /// Name of the blob
+        name: String,
+        /// The new size
+        #[arg(value_parser = base::units::parse_size)]
+        size: u64,
+    },
+    /// List versions, newest first
+    Log {
+        /// Name of the blob
+        name: String,
+        /// How many
+        #[arg(short = 'n', long, default_value_t = 20)]
+        last: u64,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the ranges that differ between two versions: first byte and length
+    Diff {
+        /// Name of the blob
+        name: String,
+        /// Number or tag
+        from: String,
+        /// Number or tag
+        to: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make blobs that begin as a version of another; costs the same whatever its size
+    Clone {
+        /// NAME, NAME@NUMBER or NAME@TAG
+        version: String,
+        /// Names of the clones
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Give a version a name of its own, and keep it from being removed
+    Tag {
+        /// Name of the blob
+        name: String,
+        /// The tag
+        tag: String,
+        /// Number of the version [default: the latest]
+        #[arg(conflicts_with = "remove")]
+        number: Option<u64>,
+        /// Remove the tag instead
+        #[arg(long)]
+        remove: bool,
+    },
+    /// Remove blobs, or single versions named as NAME@NUMBER
+    Rm {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Keep versions of several blobs as they are at one instant
+    Snapshot {
+        /// Name of the snapshot
+        name: String,
+        /// NAME, NAME@NUMBER or NAME@TAG
+        #[arg(required = true)]
+        blobs: Vec<String>,
+    },
+    /// List snapshots of blobs, or remove some
+    Snapshots {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Remove these instead
+        #[arg(long, num_args = 1..)]
+        remove: Vec<String>,
+    },
+}
+
 /// Parses the command line and does what it says.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -313,6 +459,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Wait { names } => vms::wait(&client, names),
         Command::Balloon { name, memory } => vms::balloon(&client, name, *memory),
         Command::Image(command) => images::image(&client, command),
+        Command::Blob(command) => blobs::blob(&client, command),
         Command::Verify(args) => machine::verify(&client, args.json),
         Command::Serve
         | Command::Mirror { .. }

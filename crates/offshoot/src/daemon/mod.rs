@@ -2,6 +2,7 @@
 //!
 //! The node's functions block, so each request runs on a blocking thread; the event loop only moves bytes.
 
+mod blobs;
 mod console;
 mod long;
 mod routes;

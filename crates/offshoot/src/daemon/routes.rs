@@ -2,7 +2,7 @@
 
 use super::Daemon;
 use super::long::{Failure, respond};
-use super::{console, long};
+use super::{blobs, console, long};
 use api::{
     BalloonRequest, BuildRequest, Ended, ForkRequest, ImportRequest, RunRequest, SnapshotRequest, StopRequest, Version,
 };
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-type Shared = State<Arc<Daemon>>;
-type Answer<T> = Result<Json<T>, Failure>;
+pub(super) type Shared = State<Arc<Daemon>>;
+pub(super) type Answer<T> = Result<Json<T>, Failure>;
 
 /// All routes.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
@@ -42,6 +42,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/images/build", post(build_image))
         .route("/v1/images/import", post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image))
+        .merge(blobs::router())
         .fallback(unknown)
         .with_state(daemon)
 }

@@ -8,12 +8,12 @@
 //! tmp/                   what is being written or removed; emptied when a writer opens
 //! ```
 //!
-//! A file becomes visible by: write under `tmp/`, fsync, rename, fsync of the folder. It goes by: rename into
-//! `tmp/`, fsync of the folder, truncate, unlink; the truncation gives its space back even while a reader in
-//! another process has it open. The compare-and-swap of heads needs no more than a mutex, because the lock file
-//! admits one writing process.
+//! A file becomes visible by: write under `tmp/`, fsync, rename, fsync of the folder. A pack and its index share the
+//! last step, as do heads swapped together. It goes by: rename into `tmp/`, fsync of the folder, truncate, unlink; the
+//! truncation gives its space back even while a reader in another process has it open. The compare-and-swap of heads
+//! needs no more than a mutex, because the lock file admits one writing process.
 
-use super::{Engine, Etag, Expect, Object, Upload};
+use super::{Engine, Etag, Expect, HeadSwap, Object, Staged, Swapped, Upload};
 use base::ByteRange;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
 use std::fs::{self, File, OpenOptions};
@@ -24,6 +24,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 const FOLDERS: [&str; 3] = ["packs", "heads", "tmp"];
+/// A thread more for so many heads that are swapped together.
+const SWAPS_PER_THREAD: usize = 4;
+/// The file system writes out together what is asked of it at the same time, so that waiting threads pay.
+const CONCURRENCY: usize = 16;
 
 /// The engine.
 pub struct Local {
@@ -102,20 +106,47 @@ impl Local {
         self.dir.join("heads").join(name.replace('/', "%2F"))
     }
 
-    fn write_whole(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    /// Makes bytes durable in a file of `tmp/`.
+    fn write_tmp(&self, bytes: &[u8]) -> io::Result<PathBuf> {
         let tmp = self.tmp();
         let written = (|| {
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
             file.write_all_at(bytes, 0)?;
-            file.sync_all()?;
-            fs::rename(&tmp, path)
+            file.sync_all()
         })();
-        if written.is_err() {
-            // The first error is the one to report; what stays behind goes when a writer opens next.
-            let _ = fs::remove_file(&tmp);
-        }
-        written?;
+        discard_on_error(written, &tmp)?;
+        Ok(tmp)
+    }
+
+    fn write_whole(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let tmp = self.write_tmp(bytes)?;
+        discard_on_error(fs::rename(&tmp, path), &tmp)?;
         sync_dir(path.parent().expect("a file in a folder of the store"))
+    }
+
+    /// Writes each head that is in the state expected; those written still want their folder synced.
+    fn swap_each(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
+        let one = |swap: &HeadSwap| {
+            let found = self.head(&swap.name)?.map(|(_, etag)| etag);
+            if let Some(why) = swap.expect.refuses(found.as_ref()) {
+                return Ok(Err(why));
+            }
+            let staged =
+                swap.staged.as_ref().map_or_else(|| self.write_tmp(&swap.bytes), |staged| Ok(staged.0.clone()));
+            let tmp = staged?;
+            discard_on_error(fs::rename(&tmp, self.head_path(&swap.name)), &tmp)?;
+            Ok(Ok(Etag::of(&swap.bytes)))
+        };
+        let threads = swaps.len().div_ceil(SWAPS_PER_THREAD).min(CONCURRENCY);
+        if threads <= 1 {
+            return swaps.iter().map(one).collect();
+        }
+        let part = swaps.len().div_ceil(threads);
+        std::thread::scope(|scope| {
+            let parts: Vec<_> =
+                swaps.chunks(part).map(|part| scope.spawn(move || part.iter().map(one).collect::<Vec<_>>())).collect();
+            parts.into_iter().flat_map(|part| part.join().expect("a swap does not panic")).collect()
+        })
     }
 
     /// Removes files of one folder after another so that none comes back after a crash.
@@ -139,6 +170,11 @@ impl Local {
         }
         Ok(moved.len())
     }
+}
+
+/// The first error is the one to report; what stays behind goes when a writer opens next.
+fn discard_on_error<T>(result: io::Result<T>, tmp: &Path) -> io::Result<T> {
+    result.inspect_err(|_| _ = fs::remove_file(tmp))
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {
@@ -173,8 +209,11 @@ struct LocalUpload {
     tmp: PathBuf,
     target: PathBuf,
     at: u64,
+    /// How much of it is durable.
+    synced: Option<u64>,
     sync_failed: bool,
-    finished: bool,
+    /// It has its name; whether that is durable is another matter.
+    visible: bool,
 }
 
 impl Upload for LocalUpload {
@@ -188,29 +227,40 @@ impl Upload for LocalUpload {
         Arc::clone(&self.file) as Arc<dyn Object>
     }
 
-    fn finish(&mut self) -> io::Result<()> {
-        if self.finished {
-            return Ok(());
-        }
+    fn sync(&mut self) -> io::Result<()> {
         if self.sync_failed {
             return Err(io::Error::other(
                 "the file system failed to write this file out earlier and may have lost parts",
             ));
         }
-        // An append that failed half way may have left bytes beyond the end.
-        self.file.0.set_len(self.at)?;
-        self.file.0.sync_all().inspect_err(|_| self.sync_failed = true)?;
-        fs::rename(&self.tmp, &self.target)?;
-        self.finished = true;
-        sync_dir(self.target.parent().expect("a file in a folder of the store")).inspect_err(|_| {
-            (self.finished, self.sync_failed) = (false, true);
-        })
+        if self.synced != Some(self.at) {
+            // An append that failed half way may have left bytes beyond the end.
+            self.file.0.set_len(self.at)?;
+            self.file.0.sync_all().inspect_err(|_| self.sync_failed = true)?;
+            self.synced = Some(self.at);
+        }
+        Ok(())
+    }
+
+    fn finish_before(&mut self, then: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.sync()?;
+        if !self.visible {
+            fs::rename(&self.tmp, &self.target)?;
+            self.visible = true;
+        }
+        then()?;
+        sync_dir(self.target.parent().expect("a file in a folder of the store"))
+            .inspect_err(|_| self.sync_failed = true)
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.finish_before(&mut || Ok(()))
     }
 }
 
 impl Drop for LocalUpload {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.visible {
             // Others may still have the descriptor for a moment; the space comes back at once all the same.
             // Errors leave a file in `tmp/` that the next writer to open removes.
             let _ = self.file.0.set_len(0);
@@ -224,13 +274,17 @@ impl Engine for Local {
         self.dir.display().to_string()
     }
 
+    fn concurrency(&self) -> usize {
+        CONCURRENCY
+    }
+
     fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>> {
         let tmp = self.tmp();
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&tmp)?;
         fadvise(&file, 0, None, Advice::Random)?;
         let target = self.dir.join(name);
         let file = Arc::new(OpenFile(file));
-        Ok(Box::new(LocalUpload { file, tmp, target, at: 0, sync_failed: false, finished: false }))
+        Ok(Box::new(LocalUpload { file, tmp, target, at: 0, synced: None, sync_failed: false, visible: false }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn Object>> {
@@ -285,14 +339,38 @@ impl Engine for Local {
         Ok(file_names(&self.dir.join("heads"))?.into_iter().map(|name| name.replace("%2F", "/")).collect())
     }
 
-    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>> {
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped> {
+        let swap = HeadSwap { name: name.to_owned(), expect: expect.clone(), bytes: bytes.to_vec(), staged: None };
+        self.swap_heads(&[swap]).pop().expect("a result for each swap")
+    }
+
+    fn finish_with(&self, upload: &mut dyn Upload, name: &str, bytes: &[u8]) -> io::Result<()> {
+        // Both are written out at the same time, and their folder once.
+        let (synced, written) = std::thread::scope(|scope| {
+            let writing = scope.spawn(|| self.write_tmp(bytes));
+            (upload.sync(), writing.join().expect("writing a file does not panic"))
+        });
+        let tmp = written?;
+        let path = self.dir.join(name);
+        discard_on_error(synced.and_then(|()| upload.finish_before(&mut || fs::rename(&tmp, &path))), &tmp)
+    }
+
+    fn stage_head(&self, bytes: &[u8]) -> Option<Staged> {
+        // The swap meets the same trouble and reports it.
+        self.write_tmp(bytes).ok().map(Staged)
+    }
+
+    fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
         let _guard = self.heads.lock().expect("no panic while heads are locked");
-        let found = self.head(name)?.map(|(_, etag)| etag);
-        if let Some(why) = expect.refuses(found.as_ref()) {
-            return Ok(Err(why));
+        let mut results = self.swap_each(swaps);
+        if results.iter().any(|result| matches!(result, Ok(Ok(_))))
+            && let Err(error) = sync_dir(&self.dir.join("heads"))
+        {
+            for result in results.iter_mut().filter(|result| matches!(result, Ok(Ok(_)))) {
+                *result = Err(io::Error::new(error.kind(), error.to_string()));
+            }
         }
-        self.write_whole(&self.head_path(name), bytes)?;
-        Ok(Ok(Etag::of(bytes)))
+        results
     }
 
     fn remove_head(&self, name: &str) -> io::Result<bool> {

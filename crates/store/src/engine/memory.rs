@@ -4,7 +4,7 @@
 //! atomic and durable by the engine's contract, and unfinished uploads leave nothing. [`Memory::crashed_after`]
 //! rebuilds any such state.
 
-use super::{Engine, Etag, Expect, Object, Upload};
+use super::{Engine, Etag, Expect, Object, Swapped, Upload};
 use base::ByteRange;
 use std::collections::BTreeMap;
 use std::io;
@@ -227,7 +227,7 @@ impl Engine for Memory {
     fn heads(&self) -> io::Result<Vec<String>> {
         Ok(self.state().heads.keys().cloned().collect())
     }
-    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>> {
+    fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Swapped> {
         let mut state = self.state();
         state.admit(bytes.len())?;
         if let Some(why) = expect.refuses(state.heads.get(name).map(|old| Etag::of(old)).as_ref()) {

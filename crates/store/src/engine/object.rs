@@ -259,6 +259,10 @@ impl Engine for Object {
         self.core.server.clone()
     }
 
+    fn concurrency(&self) -> usize {
+        PARTS_AT_ONCE
+    }
+
     fn upload(&self, name: &str) -> io::Result<Box<dyn Upload>> {
         Ok(Box::new(upload::ObjectUpload::new(&self.core, &self.slots, name)))
     }

@@ -197,6 +197,37 @@ fn trees_of_different_height_compare_with_zero_beyond_the_end() {
 }
 
 #[test]
+fn a_grafted_subtree_is_found_again_whatever_lies_beside_it() {
+    let shelf = Shelf::default();
+    let mut sink = &shelf;
+    // Versions of height 3 in slots of height 4, as a history keeps them.
+    let versions: Vec<Tree> =
+        (0..300).map(|n| apply(&shelf, Tree { name: None, height: 3 }, &[Op::Set(n, n)])).collect();
+    let mut slots = Tree { name: None, height: 7 };
+    for (number, version) in versions.iter().enumerate() {
+        shelf.puts.set(0);
+        let mut update = Update::new(&shelf, slots).unwrap();
+        assert!(update.graft(3, number as u64 * 16, version.name.unwrap(), &mut sink).unwrap());
+        slots.name = update.finish(&mut sink).unwrap().root;
+        assert_eq!(shelf.puts.get(), 4, "one path, however many there are");
+    }
+    for (number, version) in versions.iter().enumerate() {
+        shelf.loads.set(0);
+        assert_eq!(subtree(&shelf, slots, 3, number as u64 * 16).unwrap(), *version);
+        assert_eq!(shelf.loads.get(), 4);
+        assert_eq!(subtree(&shelf, slots, 3, number as u64 * 16 + 1).unwrap(), Tree { name: None, height: 3 });
+    }
+    assert_eq!(subtree(&shelf, slots, 7, 0).unwrap(), slots);
+    // What is there already is not put again, and a slot made zero is gone from the tree.
+    let mut update = Update::new(&shelf, slots).unwrap();
+    assert!(!update.graft(3, 32, versions[2].name.unwrap(), &mut sink).unwrap());
+    update.zero(span(4) * 5..span(4) * 6, &mut sink).unwrap();
+    slots.name = update.finish(&mut sink).unwrap().root;
+    assert_eq!(subtree(&shelf, slots, 3, 5 * 16).unwrap().name, None);
+    assert_eq!(subtree(&shelf, slots, 3, 6 * 16).unwrap(), versions[6]);
+}
+
+#[test]
 fn an_abandoned_update_names_what_it_held() {
     let shelf = Shelf::default();
     let mut sink = &shelf;
