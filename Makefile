@@ -7,7 +7,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 export OFFSHOOT_CACHE ?= $(abspath $(TARGET))/guest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-full check bench
+.PHONY: help setup build demo test test-full fuzz check bench
 
 help: ## Say what there is.
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test: check ## Checks, unit and integration tests, real guests.
 
 test-full: check ## The same, longer: more rounds, more seeds, more kills.
 	@OFFSHOOT_TEST_FULL=1 scripts/run-tests
+
+fuzz: setup ## Every decoder against edited bytes, FUZZ_SECONDS (60) for each.
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(CARGO) test --release --package store --lib -- fuzz:: --nocapture --test-threads 1
 
 bench: bench-fork ## All benchmarks; `make bench-NAME` runs one, results in target/bench/NAME.json.
 

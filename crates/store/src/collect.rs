@@ -128,6 +128,9 @@ impl Store {
                 plan.rewrite.push(Arc::clone(pack));
             }
         }
+        // In an order that does not depend on a hash map's, so that a simulation repeats.
+        plan.remove.sort_unstable_by_key(|pack| pack.handle);
+        plan.rewrite.sort_unstable_by_key(|pack| pack.handle);
         if !dead.is_empty() {
             self.catalog.forget_where(|location| dead.contains(&(location.pack, location.frame)));
         }

@@ -7,10 +7,12 @@
 //! 2. Each of them is atomic: after a crash an object or head is there as a whole, old or new, or not at all.
 //! 3. An upload that was not finished is invisible and vanishes with its process.
 
+pub mod cached;
 pub mod local;
 pub mod memory;
 pub mod object;
 
+pub use cached::Cached;
 pub use local::Local;
 pub use memory::Memory;
 pub use object::Object as S3;
@@ -94,6 +96,12 @@ pub trait Object: Send + Sync {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
     /// Its length.
     fn size(&self) -> io::Result<u64>;
+    /// Says that the bytes of `range` were not what they should be: copies that are kept of them must go. Whether
+    /// there may be any, so that another read is worth while.
+    fn distrust(&self, range: ByteRange) -> bool {
+        let _ = range;
+        false
+    }
 }
 
 /// An object being written. Dropping it unfinished removes it.

@@ -137,9 +137,11 @@ impl Store {
     /// Counts anew from the heads. Call only while nothing else holds references.
     pub(crate) fn recount(&self, ledger: &mut Ledger) -> Result<(), Error> {
         assert_eq!(ledger.holders, 0, "references of transactions would be lost");
+        // Listed first: a failure must leave the counts, and the faults that forbid to trust them, as they are.
+        let heads = self.heads("")?;
         ledger.faults.clear();
         self.catalog.clear_refs();
-        for head in self.heads("")? {
+        for head in heads {
             let manifest = match self.head(&head) {
                 Ok(Some((manifest, _))) => manifest,
                 Ok(None) => continue,

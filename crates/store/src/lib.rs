@@ -14,18 +14,22 @@
 pub mod blob;
 mod cache;
 mod catalog;
+mod chunks;
 mod collect;
 mod commit;
 mod compact;
 pub mod engine;
 mod error;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod group;
 mod head;
 mod ledger;
 mod name;
 mod nodes;
 mod pack;
+mod places;
 mod publish;
 mod read;
 mod retention;

@@ -180,6 +180,15 @@ impl Index {
     }
 }
 
+/// Where the last frame of an encoded index ends, by an index whose seal nobody checked.
+pub(crate) fn end_of_encoded(bytes: &[u8]) -> Option<u64> {
+    let frames = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?) as usize;
+    let Some(last) = frames.checked_sub(1) else { return Some(u64::from(HEADER_BYTES)) };
+    let at = INDEX_HEADER.checked_add(FRAME_RECORD.checked_mul(last)?)?;
+    let info = decode_frame(bytes.get(at..at.checked_add(FRAME_RECORD)?)?.try_into().ok()?);
+    Some(u64::from(info.offset) + u64::from(info.stored))
+}
+
 /// The record of a frame at `offset` with `items` items.
 pub(crate) fn frame_info(offset: u32, encoded: &Encoded, items: usize) -> FrameInfo {
     FrameInfo {

@@ -208,14 +208,28 @@ impl Store {
 
     /// Finds an item and checks it against its name. `last` is the frame used before: neighbours share it.
     fn item(&self, kind: &'static str, name: &Name, last: &mut Option<(Location, Arc<Frame>)>) -> Result<Item, Error> {
+        let mut distrusted = false;
         loop {
             let location = self.catalog.find(name).ok_or(Error::Unknown { kind, name: *name })?;
             match self.item_at(location, kind, name, last) {
                 // A collection moved it between the look-up and the reading.
                 Err(_) if self.catalog.find(name).is_some_and(|now| now != location) => {}
+                // A copy that the engine keeps may be bad where the original is good.
+                Err(Error::Corrupt { .. }) if !distrusted && self.distrust(location) => {
+                    *last = None;
+                    distrusted = true;
+                }
                 done => return done,
             }
         }
+    }
+
+    /// Tells the engine that a frame is not what it should be; whether to read it once more.
+    fn distrust(&self, location: Location) -> bool {
+        let Some(pack) = self.catalog.pack(location.pack) else { return false };
+        let Some(info) = pack.frame(location.frame) else { return false };
+        let range = ByteRange::at(u64::from(info.offset), u64::from(info.stored));
+        self.with_object(&pack, |object| Ok(object.distrust(range))).unwrap_or(false)
     }
 
     fn item_at(

@@ -17,7 +17,7 @@ use crate::publish::Publication;
 use crate::shared::{GRACE_DEFAULT, WatchLock, boot_time};
 use crate::tree::{self, Node};
 use base::ByteRange;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -203,7 +203,7 @@ impl Store {
             store.look(|_| Duration::ZERO)?;
             return Ok(store);
         }
-        let found = store.load_packs(&HashMap::new())?;
+        let found = store.load_packs(&BTreeMap::new())?;
         if mode == Mode::ReadWrite {
             let mut ledger = store.ledger();
             store.recount(&mut ledger)?;
@@ -331,7 +331,7 @@ impl Store {
     }
 
     /// Loads the indexes of packs that are not in `known`; returns everything found in the folder.
-    fn load_packs(&self, known: &HashMap<PackId, Arc<Pack>>) -> Result<Found, Error> {
+    fn load_packs(&self, known: &BTreeMap<PackId, Arc<Pack>>) -> Result<Found, Error> {
         let files = self.engine.list("packs").map_err(|error| Error::io("list", "packs", error))?;
         let mut found = Found::default();
         for (id, is_index) in files.iter().filter_map(|file| PackId::parse(file)) {
@@ -400,7 +400,7 @@ impl Store {
     /// Tells whether packs are gone.
     pub(crate) fn refresh(&self, all: bool) -> Result<bool, Error> {
         let _guard = self.refreshing.lock().expect("no panic while refreshing");
-        let mut known: HashMap<PackId, Arc<Pack>> =
+        let mut known: BTreeMap<PackId, Arc<Pack>> =
             self.catalog.packs().into_iter().map(|pack| (pack.id, pack)).collect();
         // Packs that this process is writing are not there yet, or appear while the folder is read.
         let written: Vec<PackId> = known.values().filter(|pack| !pack.is_sealed()).map(|pack| pack.id).collect();
@@ -545,7 +545,7 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
     decode_key(&found.ok_or_else(|| not_a_store("its key file went while it was opened"))?)
 }
 
-fn encode_key(key: &[u8; 32]) -> Vec<u8> {
+pub(crate) fn encode_key(key: &[u8; 32]) -> Vec<u8> {
     let mut out = Vec::with_capacity(80);
     out.extend_from_slice(KEY_MAGIC);
     out.extend_from_slice(&FORMAT.to_le_bytes());
@@ -556,7 +556,7 @@ fn encode_key(key: &[u8; 32]) -> Vec<u8> {
     out
 }
 
-fn decode_key(bytes: &[u8]) -> Result<[u8; 32], Error> {
+pub(crate) fn decode_key(bytes: &[u8]) -> Result<[u8; 32], Error> {
     let corrupt = |what: &str| Error::Corrupt { object: "key".to_owned(), offset: 0, what: what.to_owned() };
     let bytes: &[u8; 80] = bytes.try_into().map_err(|_| corrupt("the key file has not 80 bytes"))?;
     let key: [u8; 32] = bytes[16..48].try_into().expect("32 bytes");

@@ -15,13 +15,27 @@
 
 use super::{Engine, Etag, Expect, HeadSwap, Object, Staged, Swapped, Upload};
 use base::ByteRange;
-use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
+#[cfg(test)]
+use recorded::{self as fs, File, OpenOptions, fallocate};
+#[cfg(not(test))]
+use rustix::fs::fallocate;
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, flock};
+#[cfg(not(test))]
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
+#[cfg(not(test))]
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+/// The tests of this crate record the system calls: what is imported from there has the names and meanings of the
+/// standard library.
+#[cfg(test)]
+mod recorded;
+#[cfg(test)]
+mod tests;
 
 const FOLDERS: [&str; 3] = ["packs", "heads", "tmp"];
 /// A thread more for so many heads that are swapped together.

@@ -1,0 +1,359 @@
+//! Reading through the cache: what is here, what somebody is fetching, and what is fetched now.
+
+use super::{RUN_BYTES, Shared, count, is_away, size_by_index};
+use crate::chunks::Key;
+use crate::chunks::disk::Aligned;
+use crate::engine::Object;
+use crate::pack::PackId;
+use base::ByteRange;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// Times a read looks again because what it found was evicted or gone bad meanwhile; then it goes past the cache.
+const LOOKS_MAX: usize = 4;
+/// A disk that was full is tried again after so many chunks, with so many more.
+const FULL_TRY_AFTER: u64 = 256;
+const FULL_TRY_MORE: usize = 16;
+
+/// A pack open for reading.
+pub(super) struct OpenPack {
+    shared: Arc<Shared>,
+    name: String,
+    id: PackId,
+    /// Its size once known; a pack has never 0 bytes.
+    size: AtomicU64,
+    below: Mutex<Option<Arc<dyn Object>>>,
+}
+
+/// Bytes of a run of chunks that were fetched.
+struct Fetched {
+    first: u16,
+    buf: Aligned,
+    len: usize,
+}
+
+/// Why there are none.
+#[derive(Clone)]
+enum Failure {
+    /// The engine below said so.
+    Refused(io::ErrorKind, String),
+    /// Whoever was to fetch did not come to it.
+    Abandoned,
+}
+
+/// A fetch under way, for all who wait for it.
+#[derive(Default)]
+pub(super) struct Flight {
+    landed: Mutex<Option<Result<Arc<Fetched>, Failure>>>,
+    changed: Condvar,
+}
+
+impl Flight {
+    fn land(&self, result: Result<Arc<Fetched>, Failure>) {
+        let mut landed = self.landed.lock().expect("no panic while a flight is locked");
+        if landed.is_none() {
+            *landed = Some(result);
+            self.changed.notify_all();
+        }
+    }
+
+    fn wait(&self) -> Result<Arc<Fetched>, Failure> {
+        let mut landed = self.landed.lock().expect("no panic while a flight is locked");
+        loop {
+            match &*landed {
+                Some(result) => return result.clone(),
+                None => landed = self.changed.wait(landed).expect("no panic while a flight is locked"),
+            }
+        }
+    }
+}
+
+/// The duty to fetch a run of chunks. Dropped undone, those who wait look again.
+pub(super) struct Duty<'a> {
+    shared: &'a Shared,
+    pack: PackId,
+    numbers: Range<u16>,
+    flight: Arc<Flight>,
+}
+
+impl Drop for Duty<'_> {
+    fn drop(&mut self) {
+        self.flight.land(Err(Failure::Abandoned));
+        let mut state = self.shared.state();
+        for number in self.numbers.clone() {
+            state.flights.remove(&Key { pack: self.pack, number });
+        }
+    }
+}
+
+/// What a read finds.
+#[derive(Default)]
+struct Findings<'a> {
+    here: Vec<(u16, u32)>,
+    coming: Vec<(u16, Arc<Flight>)>,
+    duties: Vec<Duty<'a>>,
+}
+
+impl OpenPack {
+    pub(super) fn new(shared: Arc<Shared>, name: &str, id: PackId) -> Self {
+        Self { shared, name: name.to_owned(), id, size: AtomicU64::new(0), below: Mutex::default() }
+    }
+
+    fn below(&self) -> io::Result<Arc<dyn Object>> {
+        let mut below = self.below.lock().expect("no panic while an object is locked");
+        if let Some(object) = &*below {
+            return Ok(Arc::clone(object));
+        }
+        let object = self.shared.observe(self.shared.origin.open(&self.name))?;
+        *below = Some(Arc::clone(&object));
+        Ok(object)
+    }
+
+    fn ask_size(&self) -> io::Result<u64> {
+        if let Some(size) = self.shared.state().index.pack_size(self.id) {
+            return Ok(size);
+        }
+        match self.below().and_then(|object| self.shared.observe(object.size())) {
+            Err(error) if is_away(&error) => size_by_index(&self.shared, self.id).ok_or(error),
+            found => found,
+        }
+    }
+
+    /// Fetches a run past the cache's files, and counts it.
+    fn fetch(&self, range: Range<u64>, buf: &mut [u8]) -> io::Result<()> {
+        let fetched = self.below().and_then(|below| self.shared.observe(below.read_at(range.start, buf)));
+        fetched.map_err(|error| {
+            if !is_away(&error) {
+                return error;
+            }
+            let what = format!(
+                "{} does not answer, and the cache does not hold bytes {} to {} of {}: {error}",
+                self.shared.origin.describe(),
+                range.start,
+                range.end,
+                self.name
+            );
+            io::Error::new(error.kind(), what)
+        })?;
+        count(&self.shared.counters.fetches, 1);
+        count(&self.shared.counters.fetched_bytes, range.end - range.start);
+        Ok(())
+    }
+
+    /// Does a duty: fetches, tells those who wait, then keeps.
+    fn fulfil(&self, duty: Duty<'_>, size: u64) -> io::Result<Arc<Fetched>> {
+        let chunk = self.shared.chunk as u64;
+        let start = u64::from(duty.numbers.start) * chunk;
+        let end = (u64::from(duty.numbers.end) * chunk).min(size);
+        let len = (end - start) as usize;
+        let mut buf = Aligned::new(len);
+        if let Err(error) = self.fetch(start..end, &mut buf.bytes_mut()[..len]) {
+            duty.flight.land(Err(Failure::Refused(error.kind(), error.to_string())));
+            return Err(error);
+        }
+        let fetched = Arc::new(Fetched { first: duty.numbers.start, buf, len });
+        duty.flight.land(Ok(Arc::clone(&fetched)));
+        for (number, at) in duty.numbers.clone().zip((0..len).step_by(self.shared.chunk)) {
+            let len = (len - at).min(self.shared.chunk);
+            self.shared.keep(Key { pack: self.id, number }, size, &fetched.buf.bytes()[at..], len);
+        }
+        Ok(fetched)
+    }
+
+    /// Fetches what is missing of a range, run by run, waiting for a turn before each.
+    pub(super) fn bring(&self, range: &ByteRange, mut may_go_on: impl FnMut() -> bool) -> io::Result<()> {
+        let size = self.size()?;
+        let range = ByteRange::new(range.start.min(size), range.end.min(size));
+        let Some(numbers) = self.shared.numbers(&range) else { return Ok(()) };
+        let numbers: Vec<u16> = numbers.collect();
+        for run in numbers.chunks(RUN_BYTES / self.shared.chunk) {
+            if !may_go_on() {
+                return Ok(());
+            }
+            for duty in self.shared.find(self.id, run, false).duties {
+                let fetched = self.fulfil(duty, size)?;
+                count(&self.shared.counters.prefetched_bytes, fetched.len as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The part of `out` (the bytes of the pack from `offset`) that chunk `number` has, and where it starts in the chunk.
+fn part(out: &mut [u8], offset: u64, number: u16, chunk: usize) -> (usize, &mut [u8]) {
+    let base = u64::from(number) * chunk as u64;
+    let start = base.max(offset);
+    let end = (base + chunk as u64).min(offset + out.len() as u64);
+    ((start - base) as usize, &mut out[(start - offset) as usize..(end - offset) as usize])
+}
+
+impl Fetched {
+    fn copy(&self, number: u16, chunk: usize, offset: u64, out: &mut [u8]) {
+        let (at, part) = part(out, offset, number, chunk);
+        let at = usize::from(number - self.first) * chunk + at;
+        part.copy_from_slice(&self.buf.bytes()[at..at + part.len()]);
+    }
+}
+
+impl Object for OpenPack {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let size = self.size()?;
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= size);
+        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let range = ByteRange::new(offset, end);
+        let shared = &*self.shared;
+        let fits = (size - 1) / (shared.chunk as u64) < u64::from(u16::MAX);
+        let Some(numbers) = shared.numbers(&range).filter(|_| fits) else {
+            return self.fetch(offset..end, buf);
+        };
+        let mut todo: Vec<u16> = numbers.collect();
+        for look in 0..LOOKS_MAX {
+            let found = shared.find(self.id, &todo, true);
+            if look == 0 {
+                let missed: usize = found.duties.iter().map(|duty| duty.numbers.len()).sum();
+                count(&shared.counters.misses, missed as u64);
+                count(&shared.counters.hits, (todo.len() - missed) as u64);
+            }
+            todo.clear();
+            // What others wait for comes first.
+            for duty in found.duties {
+                let _demand = shared.queue.demand();
+                let numbers = duty.numbers.clone();
+                let fetched = self.fulfil(duty, size)?;
+                numbers.for_each(|number| fetched.copy(number, shared.chunk, offset, buf));
+            }
+            for (number, slot) in found.here {
+                let (at, part) = part(buf, offset, number, shared.chunk);
+                if !shared.disk.read(slot, Key { pack: self.id, number }, at, part) {
+                    shared.mistrust(Key { pack: self.id, number }, slot);
+                    todo.push(number);
+                }
+            }
+            for (number, flight) in found.coming {
+                match flight.wait() {
+                    Ok(fetched) => fetched.copy(number, shared.chunk, offset, buf),
+                    Err(Failure::Refused(kind, what)) => return Err(io::Error::new(kind, what)),
+                    Err(Failure::Abandoned) => todo.push(number),
+                }
+            }
+            if todo.is_empty() {
+                return Ok(());
+            }
+            todo.sort_unstable();
+        }
+        let _demand = shared.queue.demand();
+        self.fetch(offset..end, buf)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        match self.size.load(Ordering::Relaxed) {
+            0 => {
+                let size = self.ask_size()?;
+                self.size.store(size, Ordering::Relaxed);
+                Ok(size)
+            }
+            size => Ok(size),
+        }
+    }
+
+    fn distrust(&self, range: ByteRange) -> bool {
+        let dropped = self.shared.drop_chunks(self.id, &range);
+        count(&self.shared.counters.healed, dropped);
+        // Also where nothing was here: what was fetched and not kept may have been spoilt on its way.
+        true
+    }
+}
+
+impl Shared {
+    /// Sorts chunks into what is here, what is coming, and what the caller has the duty to fetch.
+    fn find(&self, pack: PackId, numbers: &[u16], used: bool) -> Findings<'_> {
+        let mut out = Findings::default();
+        let mut missing: Vec<Range<u16>> = Vec::new();
+        let mut state = self.state();
+        for &number in numbers {
+            let key = Key { pack, number };
+            let found = if used { state.index.find_used(&key) } else { state.index.find(&key) };
+            if let Some(slot) = found {
+                out.here.push((number, slot));
+            } else if let Some(flight) = state.flights.get(&key) {
+                out.coming.push((number, Arc::clone(flight)));
+            } else {
+                let full = |run: &Range<u16>| run.len() * self.chunk >= RUN_BYTES;
+                match missing.last_mut() {
+                    Some(run) if run.end == number && !full(run) => run.end += 1,
+                    _ => missing.push(number..number.saturating_add(1)),
+                }
+            }
+        }
+        for numbers in missing {
+            let flight = Arc::<Flight>::default();
+            for number in numbers.clone() {
+                state.flights.insert(Key { pack, number }, Arc::clone(&flight));
+            }
+            out.duties.push(Duty { shared: self, pack, numbers, flight });
+        }
+        out
+    }
+
+    /// Keeps a chunk that was fetched, where the disk takes it.
+    fn keep(&self, key: Key, pack_size: u64, bytes: &[u8], len: usize) {
+        let reserved = {
+            let mut state = self.state();
+            if state.index.room().1 < state.wanted {
+                state.since_full += 1;
+                if state.since_full.is_multiple_of(FULL_TRY_AFTER) {
+                    let more = (state.index.room().1 + FULL_TRY_MORE).min(state.wanted);
+                    // More room is never refused.
+                    let _ = state.index.set_limit(more);
+                }
+            }
+            state.index.reserve()
+        };
+        let Some(slot) = reserved else {
+            count(&self.counters.uncached, 1);
+            return;
+        };
+        let written = self.disk.write(slot, key, pack_size, bytes, len);
+        let kept = written.is_ok();
+        if kept {
+            self.state().index.publish(slot, key, pack_size);
+        } else {
+            count(&self.counters.uncached, 1);
+            // Its own error would only repeat the one that is to be told.
+            let _ = self.disk.clear(slot);
+            let mut state = self.state();
+            state.index.give_back(slot);
+            // Slots that have their space on the disk are used again from now on, and no new ones.
+            let (used, limit) = state.index.room();
+            let least = state.index.pinned().min(limit);
+            let _ = state.index.set_limit(used.clamp(least, limit));
+        }
+        self.observe_disk(written);
+        self.observe_surplus();
+    }
+
+    /// A bound that was lowered while chunks were being written is kept to now.
+    fn observe_surplus(&self) {
+        let (used, limit) = self.state().index.room();
+        if used > limit {
+            self.observe_disk(self.trim());
+        }
+    }
+
+    /// Drops a chunk that does not match its record, unless its slot was filled anew meanwhile.
+    fn mistrust(&self, key: Key, slot: u32) {
+        let taken = {
+            let mut state = self.state();
+            if state.index.find(&key) == Some(slot) { state.index.take(&key) } else { None }
+        };
+        if let Some(slot) = taken {
+            count(&self.counters.healed, 1);
+            self.release(slot);
+        }
+    }
+}

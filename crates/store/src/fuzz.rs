@@ -1,0 +1,304 @@
+//! Every decoder against every kind of bytes. Whatever a medium holds, decoding ends, does not panic, and allocates
+//! no more than its input's length explains.
+//!
+//! An input of the fuzzer is a script of edits to a valid encoding, since bytes at random would fail at the first
+//! magic number; half of the scripts seal the result anew, since a seal would otherwise keep everything else from
+//! being tried. `cargo test` runs some thousands of scripts for each decoder; `make fuzz` runs them for
+//! `FUZZ_SECONDS` (60) each. The engine (bolero) reports a failure with the smallest script that shows it and the
+//! number that repeats it (`BOLERO_RANDOM_SEED`); under `cargo bolero` the same targets are led by coverage.
+
+use crate::chunks::disk;
+use crate::frame::{self, Encoded, Frame, Kind};
+use crate::head::{self, Manifest};
+use crate::name::{Keys, Name, Version};
+use crate::pack::{self, Index, PackId};
+use crate::store;
+use crate::tree::{Children, Node};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// The system's allocator, noting the largest request of each thread.
+struct Noting;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+fn note(size: usize) {
+    // A thread that ends allocates without its variables.
+    let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
+}
+
+// SAFETY: every call is passed on unchanged; noting a number allocates nothing.
+unsafe impl GlobalAlloc for Noting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout.size());
+        // SAFETY: the caller keeps to the contract of the same method.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(at, layout) }
+    }
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        note(size);
+        // SAFETY: as above.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Noting = Noting;
+
+/// Runs `decode`, which may not allocate more than `bound` at once.
+#[track_caller]
+fn within<T>(bound: usize, decode: impl FnOnce() -> T) -> T {
+    LARGEST.set(0);
+    let out = decode();
+    let largest = LARGEST.get();
+    assert!(largest <= bound, "{largest} bytes at once where {bound} are enough");
+    out
+}
+
+/// What messages and small vectors take whatever the input.
+const SMALL: usize = 16 << 10;
+
+fn keys() -> Keys {
+    Keys::derive(&[7; 32])
+}
+
+fn id() -> PackId {
+    PackId { sequence: 3, random: 0x0123_4567_89ab_cdef }
+}
+
+const NUMBERS: [u64; 12] = [
+    0,
+    1,
+    0x7f,
+    0xff,
+    0x100,
+    0x7fff_ffff,
+    0x8000_0000,
+    0xffff_ffff,
+    0x1_0000_0000,
+    u64::MAX,
+    u64::MAX >> 1,
+    0x4141_4141_4141_4141,
+];
+
+/// Follows a script of edits: for each an operation, a place (two bytes) and an argument.
+fn edited(valid: &[u8], script: &[u8]) -> Vec<u8> {
+    let mut out = valid.to_vec();
+    for edit in script.chunks_exact(4) {
+        let at = usize::from(u16::from_le_bytes([edit[1], edit[2]])) % (out.len() + 1);
+        let argument = edit[3];
+        let number = NUMBERS[usize::from(argument) % NUMBERS.len()].to_le_bytes();
+        let overwrite = |out: &mut Vec<u8>, new: &[u8]| {
+            out.iter_mut().skip(at).zip(new).for_each(|(old, new)| *old = *new);
+        };
+        match edit[0] % 9 {
+            0 => overwrite(&mut out, &[argument]),
+            1 if at < out.len() => out[at] ^= 1 << (argument % 8),
+            2 => overwrite(&mut out, &number[..4]),
+            3 => overwrite(&mut out, &number),
+            4 => out.truncate(at),
+            5 => out.extend(std::iter::repeat_n(argument, usize::from(edit[1]))),
+            6 => _ = out.drain(at..(at + usize::from(argument)).min(out.len())),
+            7 => _ = out.splice(at..at, std::iter::repeat_n(argument, usize::from(edit[1] % 64))),
+            _ => {
+                let part = out[at..(at + usize::from(argument)).min(out.len())].to_vec();
+                out.extend(part);
+            }
+        }
+    }
+    out
+}
+
+/// Runs a target: a valid encoding by the first byte of the input, edited by the rest.
+macro_rules! fuzz {
+    ($valid:expr, $try:expr) => {{
+        let valid: Vec<Vec<u8>> = $valid;
+        let target = bolero::check!().with_max_len(64).with_shrink_time(Duration::from_secs(5));
+        let attempt: fn(&[u8], bool) = $try;
+        valid.iter().for_each(|valid| attempt(valid, false));
+        let run = move |input: &[u8]| {
+            let Some((first, script)) = input.split_first() else { return };
+            let which = usize::from(*first) / 2 % valid.len();
+            attempt(&edited(&valid[which], script), first % 2 == 1);
+        };
+        match std::env::var("FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok()) {
+            Some(seconds) => {
+                let time = Duration::from_secs(seconds);
+                target.with_iterations(usize::MAX).with_test_time(time).for_each(run);
+            }
+            None => target.with_iterations(4000).for_each(run),
+        }
+    }};
+}
+
+/// Replaces the last 32 bytes by the seal of what precedes them.
+fn sealed(bytes: &[u8], reseal: bool) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    if reseal && out.len() >= 32 {
+        let at = out.len() - 32;
+        let seal = keys().seal(&out[..at]);
+        out[at..].copy_from_slice(&seal);
+    }
+    out
+}
+
+fn frames() -> Vec<(Encoded, Vec<Name>)> {
+    let blocks = [vec![7; 4096], (0..=255).cycle().take(4096).collect()].concat();
+    let noise: Vec<u8> = (0..512u64).flat_map(|n| blake3::hash(&n.to_le_bytes()).as_bytes()[..8].to_vec()).collect();
+    let child = keys().block(b"child");
+    let node = |height, slots: &[usize]| {
+        let mut children: Children = [None; 16];
+        slots.iter().for_each(|slot| children[*slot] = Some(child));
+        Node::new(height, &children).encode()
+    };
+    let nodes = [node(1, &[0]), node(2, &[3, 15]), node(1, &(0..16).collect::<Vec<_>>())].concat();
+    let encode = |kind, raw: &[u8], items| (frame::encode(kind, raw).unwrap(), vec![child; items]);
+    vec![encode(Kind::Blocks, &blocks, 2), encode(Kind::Blocks, &noise, 1), encode(Kind::Nodes, &nodes, 3)]
+}
+
+fn full_index() -> Index {
+    let (mut index, mut at) = (Index::default(), 32);
+    for (encoded, names) in frames() {
+        index.push(at, &encoded, &names);
+        at += encoded.stored.len() as u32;
+    }
+    index
+}
+
+#[test]
+fn index() {
+    let valid = vec![
+        full_index().encode(id(), &keys()),
+        full_index().without(|number| number == 1).encode(id(), &keys()),
+        Index::default().encode(id(), &keys()),
+    ];
+    fuzz!(valid, |bytes, reseal| {
+        let bytes = sealed(bytes, reseal);
+        let keys = keys();
+        within(2 * bytes.len() + SMALL, || pack::end_of_encoded(&bytes));
+        if let Ok(index) = within(2 * bytes.len() + SMALL, || Index::decode(&bytes, id(), &keys)) {
+            assert_eq!(Index::decode(&index.encode(id(), &keys), id(), &keys), Ok(index.clone()));
+            assert_eq!(index.items().map(|(_, _, names)| names.len()).sum::<usize>(), index.names.len());
+            assert!(index.end() <= u64::from(u32::MAX));
+        }
+    });
+}
+
+#[test]
+fn head() {
+    let version = Version { root: keys().node(b"x"), size: 12345, block_size: 4096 };
+    let versions = BTreeMap::from([("disk".to_owned(), version), ("ram".to_owned(), version)]);
+    let manifest = Manifest { versions, meta: "{\"a\": \"\\u00e9\\n\"}".to_owned() };
+    fuzz!(vec![manifest.encode("a/b", &keys()), Manifest::default().encode("a/b", &keys())], |bytes, reseal| {
+        let bytes = sealed(bytes, reseal);
+        // A message quotes what it does not like.
+        let decoded = within(16 * bytes.len() + SMALL, || Manifest::decode(&bytes, "a/b", &keys()));
+        if let Ok(manifest) = decoded {
+            let again = Manifest::decode(&manifest.encode("a/b", &keys()), "a/b", &keys()).unwrap();
+            assert_eq!(again, manifest);
+        }
+    });
+}
+
+#[test]
+fn key() {
+    fuzz!(vec![store::encode_key(&[9; 32])], |bytes, reseal| {
+        let mut bytes = bytes.to_vec();
+        if reseal && bytes.len() == 80 {
+            let sum = blake3::hash(&bytes[..48]);
+            bytes[48..].copy_from_slice(sum.as_bytes());
+        }
+        if let Ok(key) = within(SMALL, || store::decode_key(&bytes)) {
+            assert_eq!(store::encode_key(&key), bytes);
+        }
+    });
+}
+
+/// The bytes of a frame come with a record from a sealed index, but the pack that holds them is not sealed.
+#[test]
+fn frame() {
+    let valid: Vec<Vec<u8>> = frames().into_iter().map(|(encoded, _)| encoded.stored).collect();
+    fuzz!(valid, |bytes, _| {
+        let index = full_index();
+        for info in &index.frames {
+            let bound = frame::FRAME_RAW_MAX.min(info.raw as usize) + bytes.len() + SMALL;
+            let Ok(frame) = within(bound, || Frame::decode(info, bytes.to_vec())) else { continue };
+            let items: Vec<&[u8]> = (0..usize::from(info.items)).map(|slot| frame.item(slot).unwrap()).collect();
+            assert_eq!(items.concat().len(), info.raw as usize);
+            assert!(frame.item(usize::from(info.items)).is_none());
+        }
+    });
+}
+
+/// Records that no writer makes, with bytes that are as they should be.
+#[test]
+fn frame_records() {
+    fuzz!(vec![full_index().encode(id(), &keys())], |bytes, _| {
+        let Ok(index) = Index::decode(&sealed(bytes, true), id(), &keys()) else { return };
+        for info in &index.frames {
+            for (encoded, _) in frames() {
+                let bound = frame::FRAME_RAW_MAX + encoded.stored.len() + SMALL;
+                if let Ok(frame) = within(bound, || Frame::decode(info, encoded.stored)) {
+                    (0..usize::from(info.items)).for_each(|slot| assert!(frame.item(slot).is_some()));
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn node() {
+    let (encoded, _) = frames().swap_remove(2);
+    let nodes = Frame::decode(&pack::frame_info(32, &encoded, 3), encoded.stored).unwrap();
+    fuzz!((0..3).map(|slot| nodes.item(slot).unwrap().to_vec()).collect(), |bytes, _| {
+        let len = within(SMALL, || Node::encoded_len(bytes));
+        assert!(len.is_none_or(|len| len <= bytes.len()));
+        if let Some(node) = within(bytes.len() + SMALL, || Node::decode(bytes)) {
+            assert_eq!(node.encode(), bytes);
+        }
+    });
+}
+
+#[test]
+fn text() {
+    let version = Version { root: keys().node(b"x"), size: 12345, block_size: 4096 }.to_string();
+    let zero = format!("{}.4096.4096", Name::zero(1));
+    let names = ["a/b-c:d@e+f", "00000003-0123456789abcdef.pack", "00000003-0123456789abcdef.idx"];
+    let valid = [version, zero].into_iter().chain(names.map(str::to_owned)).map(String::into_bytes).collect();
+    fuzz!(valid, |bytes, _| {
+        let text = String::from_utf8_lossy(bytes);
+        let bound = 8 * text.len() + SMALL;
+        if let Ok(version) = within(bound, || text.parse::<Version>()) {
+            assert_eq!(version.to_string().parse(), Ok(version));
+            assert!(version.height() <= 16);
+        }
+        if let Ok(name) = within(bound, || text.parse::<Name>()) {
+            assert_eq!(name.to_string(), text.to_lowercase());
+        }
+        if let Some((id, is_index)) = within(bound, || PackId::parse(&text)) {
+            assert_eq!(format!("{id}{}", if is_index { ".idx" } else { ".pack" }), text);
+        }
+        if within(bound, || head::check_name(&text)).is_ok() {
+            assert!(text.is_ascii() && text.len() <= 200 && text.split('/').all(|part| !part.starts_with('.')));
+        }
+    });
+}
+
+#[test]
+fn cache_record() {
+    fuzz!(vec![disk::example_record()], |bytes, reseal| {
+        let Ok(record) = <&[u8; 128]>::try_from(bytes) else { return };
+        let mut record = *record;
+        if reseal {
+            disk::seal(&mut record);
+        }
+        within(SMALL, || disk::is_possible(&record));
+    });
+}
