@@ -112,6 +112,8 @@ pub(crate) struct Pack {
     unentered: AtomicU32,
     /// The transaction that wrote it is gone.
     pub(crate) orphan: AtomicBool,
+    /// In a shared store: the record condemns it, so nothing new may rely on it.
+    pub(crate) condemned: AtomicBool,
     /// Frames were given up in memory that the index on the medium still lists, or that still take space.
     pub(crate) stale: AtomicBool,
 }
@@ -138,6 +140,7 @@ impl Pack {
             writer: Mutex::new(writer),
             unentered: AtomicU32::new(0),
             orphan: AtomicBool::new(false),
+            condemned: AtomicBool::new(false),
             stale: AtomicBool::new(false),
         }
     }

@@ -22,6 +22,8 @@ pub struct Collected {
     pub frames: u64,
     /// Items moved out of frames that were mostly dead.
     pub moved: u64,
+    /// Packs that wait for the end of their grace period: shared stores only.
+    pub condemned: u64,
     /// Bytes given back, as the medium counts them; what moved is not subtracted.
     pub bytes: u64,
 }
@@ -35,7 +37,8 @@ struct Plan {
 }
 
 impl Store {
-    /// Gives back what no head and no live transaction reaches. May run beside everything else.
+    /// Gives back what no head and no live transaction reaches. May run beside everything else. In a shared store it
+    /// condemns, and removes what an earlier collection condemned and nothing has reached for the grace period.
     ///
     /// # Errors
     /// The store is damaged, so that counts cannot be trusted: nothing is removed. Or the medium fails: what was
@@ -43,6 +46,9 @@ impl Store {
     pub fn collect(&self) -> Result<Collected, Error> {
         self.writable("collect")?;
         let _one = self.collecting.lock().expect("no panic while collecting");
+        if self.is_shared() {
+            return self.sweep();
+        }
         let mut done = self.give_back()?;
         match self.compact() {
             Ok(0) => {}

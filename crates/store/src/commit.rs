@@ -83,6 +83,7 @@ impl Transaction<'_> {
     pub fn commit(&self, base: &Version, changes: &Changes<'_>) -> Result<(Version, CommitStat), Error> {
         let store = self.store;
         store.writable("commit")?;
+        self.enrol()?;
         let steps = plan(base, changes)?;
         // Holds the base while its unchanged subtrees are taken over.
         store.acquire(&mut store.ledger(), base.root, base.height())?;
@@ -100,6 +101,7 @@ impl Transaction<'_> {
         let version = Version { root: updated.root.unwrap_or(Name::zero(base.height())), ..*base };
         // A reference on the new root came with it; that on an unchanged one was taken above.
         self.hold(version.root, version.height());
+        self.note_made(base.root, version.root);
         store.counters.duplicates.fetch_add(stat.duplicate, Ordering::Relaxed);
         Ok((version, stat))
     }
@@ -259,7 +261,7 @@ impl<'a> Job<'a> {
                         new[number].uses += 1;
                         Fate::New(number)
                     }
-                    None if self.store.catalog.add_refs(name, 1).is_some() => {
+                    None if self.store.take_known(name).is_some() => {
                         self.stat.duplicate += 1;
                         Fate::Known(*name)
                     }

@@ -10,10 +10,12 @@
 pub mod cached;
 pub mod local;
 pub mod memory;
+pub mod object;
 
 pub use cached::Cached;
 pub use local::Local;
 pub use memory::Memory;
+pub use object::Object as S3;
 
 use base::ByteRange;
 use std::fmt;
@@ -169,4 +171,77 @@ pub trait Engine: Send + Sync {
     }
     /// Removes a head; whether it was there.
     fn remove_head(&self, name: &str) -> io::Result<bool>;
+
+    /// Writes a whole small object unless one is there; whether it was written. Where many processes write, at
+    /// most one of them is told `true`.
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        if self.get(name)?.is_some() {
+            return Ok(false);
+        }
+        self.put(name, bytes)?;
+        Ok(true)
+    }
+    /// Whether many processes may write at once: heads are compared and swapped, and `put_new` decided, by the
+    /// medium itself.
+    fn can_share(&self) -> bool {
+        false
+    }
+    /// Whether `punch` gives space back. Where it does not, packs shrink only by being rewritten.
+    fn can_punch(&self) -> bool {
+        true
+    }
+    /// Whether every call is a request over a network: what is uploaded is held in memory until it is finished,
+    /// and asking for a size costs as much as reading.
+    fn is_remote(&self) -> bool {
+        false
+    }
+    /// Makes sure, before anything is written, that the medium does what the store's safety stands on.
+    ///
+    /// # Errors
+    /// It does not, and what it does instead; or it cannot be reached.
+    fn prove(&self) -> io::Result<()> {
+        Ok(())
+    }
+    /// The medium's own time in milliseconds since 1970: the same clock for all that use it, never ahead of it.
+    fn now_ms(&self) -> io::Result<u64> {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Ok(since.map_or(0, |since| since.as_millis() as u64))
+    }
+    /// When an object became visible, by the clock of [`Engine::now_ms`]; `None` where there is no such object.
+    /// Engines that do not know say 0.
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        Ok(self.get(name)?.map(|_| 0))
+    }
+    /// How the medium has been answering.
+    fn health(&self) -> Health {
+        Health::default()
+    }
+}
+
+/// How a medium has been answering, for people who look into a fault.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Health {
+    /// Whether requests are let through.
+    pub circuit: Circuit,
+    /// Requests that failed in a row.
+    pub failures_in_a_row: u32,
+    /// Requests sent since the engine was opened, repeats included.
+    pub requests: u64,
+    /// Of these, repeats after a failure.
+    pub repeats: u64,
+    /// What the last failure was, without credentials.
+    pub last_failure: Option<String>,
+}
+
+/// Whether requests are let through to a medium.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Circuit {
+    /// All of them.
+    #[default]
+    Closed,
+    /// None for now: too many failed in a row.
+    Open,
+    /// One, to see whether the medium is back.
+    HalfOpen,
 }

@@ -49,6 +49,9 @@ impl Store {
         if name.is_zero() {
             return Ok(());
         }
+        if self.is_shared() {
+            return self.look_up(name, height);
+        }
         let mut taken = Vec::new();
         let mut todo = vec![(name, height)];
         while let Some((name, height)) = todo.pop() {
@@ -63,6 +66,26 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Makes sure that a name is known: all that is asked where nobody counts.
+    fn look_up(&self, name: Name, height: u8) -> Result<(), Error> {
+        let kind = if height == 0 { "block" } else { "node" };
+        for all in [false, true] {
+            if self.catalog.find(&name).is_some() {
+                return Ok(());
+            }
+            self.refresh(all)?;
+        }
+        self.catalog.find(&name).map(|_| ()).ok_or(Error::Unknown { kind, name })
+    }
+
+    /// Takes a reference on a name that is stored already and may be relied on; how many it had.
+    pub(crate) fn take_known(&self, name: &Name) -> Option<u32> {
+        if !self.is_shared() {
+            return self.catalog.add_refs(name, 1);
+        }
+        self.is_safe_to_share(name).then_some(1)
     }
 
     fn take_one(&self, name: Name, height: u8, todo: &mut Vec<(Name, u8)>) -> Result<(), Error> {
@@ -86,11 +109,18 @@ impl Store {
         if self.catalog.insert(name, at, refs) {
             return 0;
         }
+        if self.is_shared() && !self.is_safe_to_share(&name) {
+            let old = self.catalog.find(&name).expect("only the holder of the ledger forgets names");
+            self.catalog.relocate(&name, old, at);
+        }
         self.catalog.add_refs(&name, refs).expect("only the holder of the ledger forgets names")
     }
 
     /// Drops a reference on a subtree, and on everything that held only through it.
     pub(crate) fn release(&self, ledger: &mut Ledger, name: Name, height: u8) {
+        if self.is_shared() {
+            return; // nobody counts
+        }
         let mut todo = vec![(name, height)];
         while let Some((name, height)) = todo.pop() {
             if name.is_zero() || self.catalog.drop_ref(&name) != Some(0) || height == 0 {

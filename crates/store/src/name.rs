@@ -150,11 +150,15 @@ pub(crate) struct Keys {
     block: [u8; 32],
     node: [u8; 32],
     seal: [u8; 32],
+    /// Says which store it is, and nothing about the others.
+    pub(crate) id: [u8; 16],
 }
 
 impl Keys {
     pub(crate) fn derive(key: &[u8; 32]) -> Self {
+        let id = blake3::derive_key("offshoot store 1 identity", key);
         Self {
+            id: id[..16].try_into().expect("16 of 32 bytes"),
             block: blake3::derive_key("offshoot store 1 block name", key),
             node: blake3::derive_key("offshoot store 1 node name", key),
             seal: blake3::derive_key("offshoot store 1 seal of an index or head", key),

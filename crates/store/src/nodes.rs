@@ -132,13 +132,15 @@ impl Sink<Error> for NodeSink<'_> {
         }
         let before = {
             let _ledger = store.ledger();
-            store.catalog.add_refs(&name, 1)
+            store.take_known(&name)
         };
         match before {
             Some(0) => self.acquire_inherited(node, fresh).inspect_err(|_| {
                 let _ledger = store.ledger();
                 store.catalog.drop_ref(&name);
             })?,
+            // A node that is known to a shared store may be garbage whose children are gone: they are written.
+            Some(_) if store.is_shared() => {}
             Some(_) => self.release_fresh(node, fresh),
             None => {
                 if self.pending.len() == FRAME_NODES {

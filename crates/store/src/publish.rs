@@ -31,6 +31,9 @@ type Outcome = (Result<Etag, Error>, Option<Manifest>);
 impl Transaction<'_> {
     /// [`Transaction::publish`] for a transaction that goes on.
     pub(crate) fn publish_so_far(&self, head: &str, expect: Expect, manifest: &Manifest) -> Result<Etag, Error> {
+        if self.store.is_shared() {
+            return self.publish_shared(head, &expect, manifest);
+        }
         let mut results = self.store.publish_all(vec![(head.to_owned(), expect, manifest.clone())]);
         results.pop().expect("a result for each head")
     }
@@ -39,6 +42,13 @@ impl Transaction<'_> {
 impl Store {
     /// Publishes each manifest under its head, as [`Transaction::publish`] would; results in order.
     pub(crate) fn publish_all(&self, heads: Vec<(String, Expect, Manifest)>) -> Vec<Result<Etag, Error>> {
+        if self.is_shared() {
+            // Each by itself: a transaction that made none of it looks at all of it.
+            let publish = |(head, expect, manifest): (String, Expect, Manifest)| {
+                self.begin().publish_shared(&head, &expect, &manifest)
+            };
+            return heads.into_iter().map(publish).collect();
+        }
         let mut results: Vec<Option<Result<Etag, Error>>> = Vec::with_capacity(heads.len());
         let mut admitted = Vec::new();
         for (head, expect, manifest) in heads {

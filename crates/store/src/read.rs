@@ -53,7 +53,9 @@ impl Nodes for Store {
         self.counters.nodes_loaded.fetch_add(1, Ordering::Relaxed);
         let hash = u64::from(name.0[1]);
         let weigh = |node: &Arc<Node>| 32 * node.names().len() + 160;
-        let (node, _) = self.nodes.get(*name, hash, weigh, || self.read_node(name))?;
+        // A commit walks trees too, and in a shared store others move and remove what it walks.
+        let read = || if self.is_shared() { self.refreshed(|| self.read_node(name)) } else { self.read_node(name) };
+        let (node, _) = self.nodes.get(*name, hash, weigh, read)?;
         if node.height() == height { Ok(node) } else { Err(Error::Unknown { kind: "node", name: *name }) }
     }
 }
@@ -159,7 +161,7 @@ impl Store {
     pub(crate) fn refreshed<T>(&self, mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
         for all in [false, true] {
             match work() {
-                Err(error) if self.mode == Mode::ReadOnly && error.may_be_stale() => self.refresh(all)?,
+                Err(error) if self.mode != Mode::ReadWrite && error.may_be_stale() => drop(self.refresh(all)?),
                 done => return done,
             }
         }
@@ -236,7 +238,7 @@ impl Store {
     /// The bytes of an item, checked against its name.
     pub(crate) fn item_bytes(&self, kind: Kind, name: &Name) -> Result<Vec<u8>, Error> {
         let kind = if kind == Kind::Nodes { "node" } else { "block" };
-        Ok(self.item(kind, name, &mut None)?.bytes().to_vec())
+        self.refreshed(|| Ok(self.item(kind, name, &mut None)?.bytes().to_vec()))
     }
 
     /// Finds an item and checks it against its name. `last` is the frame used before: neighbours share it.

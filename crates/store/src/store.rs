@@ -5,7 +5,7 @@ use crate::cache::Cache;
 use crate::catalog::{Catalog, Location, Pack};
 use crate::commit::in_parallel;
 use crate::engine::local::OpenError;
-use crate::engine::{Engine, Etag, Local};
+use crate::engine::{Engine, Etag, Health, Local, S3};
 use crate::error::Error;
 use crate::frame::{Frame, FrameInfo, Kind};
 use crate::group::Group;
@@ -14,6 +14,7 @@ use crate::ledger::Ledger;
 use crate::name::{Keys, Name, Version};
 use crate::pack::{Index, PackId};
 use crate::publish::Publication;
+use crate::shared::{GRACE_DEFAULT, WatchLock, boot_time};
 use crate::tree::{self, Node};
 use base::ByteRange;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -21,12 +22,16 @@ use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// What a process may do with a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// The one process that writes, publishes and collects.
     ReadWrite,
+    /// One of many processes that write, publish and collect at once, none of them special. Only on engines that
+    /// compare and swap by themselves, as object stores do.
+    Shared,
     /// Any process beside it: sees what is published, without reopening.
     ReadOnly,
 }
@@ -86,6 +91,10 @@ pub struct Store {
     pub(crate) ledger: Mutex<Ledger>,
     pub(crate) collecting: Mutex<()>,
     pub(crate) publishing: Mutex<()>,
+    /// Used by shared stores.
+    pub(crate) watch: WatchLock,
+    /// The grace period of a shared store that this process makes.
+    pub(crate) new_grace: Duration,
     pub(crate) publications: Group<Vec<Publication>, Vec<Result<Etag, Error>>>,
     /// Those who write to one blob at the same time.
     pub(crate) blob_writers: Mutex<HashMap<String, Arc<blob::Writers>>>,
@@ -106,6 +115,12 @@ impl Store {
     pub fn open(dir: &Path, mode: Mode) -> Result<Self, Error> {
         let engine = match mode {
             Mode::ReadOnly => Local::open_reader(dir),
+            Mode::Shared => {
+                return Err(Error::Invalid(format!(
+                    "the directory {} cannot be shared by many writers; use an object store (s3://…) for that",
+                    dir.display()
+                )));
+            }
             Mode::ReadWrite => Local::open_writer(dir).map_err(|error| match error {
                 OpenError::Locked(pid) => Error::Locked { dir: dir.to_owned(), pid },
                 OpenError::Io(source) => Error::io("open", dir.display().to_string(), source),
@@ -114,11 +129,55 @@ impl Store {
         Self::open_engine(Arc::new(engine), mode)
     }
 
+    /// Opens the store at `place`: an address that starts with `s3://` (see [`crate::engine::S3::open`]), where
+    /// [`Mode::ReadWrite`] is taken as [`Mode::Shared`], or else a directory.
+    ///
+    /// # Errors
+    /// As [`Store::open`]; the address makes no sense, there are no credentials, or the server is refused.
+    pub fn open_place(place: &str, mode: Mode) -> Result<Self, Error> {
+        if !place.starts_with("s3://") {
+            return Self::open(Path::new(place), mode);
+        }
+        let engine = S3::open(place).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidInput => Error::Invalid(error.to_string()),
+            // Nothing of the address is repeated that could not be read.
+            _ => Error::io("use", "the object store", error),
+        })?;
+        Self::open_engine(Arc::new(engine), if mode == Mode::ReadWrite { Mode::Shared } else { mode })
+    }
+
     /// Opens the store on an engine.
     ///
     /// # Errors
     /// As [`Store::open`].
     pub fn open_engine(engine: Arc<dyn Engine>, mode: Mode) -> Result<Self, Error> {
+        Self::open_with_grace(engine, mode, GRACE_DEFAULT)
+    }
+
+    /// Opens a shared store on an engine. `grace` is how long what nothing reaches is kept at least, and twice how
+    /// long a writer may work between two looks at the server. It counts for a store that is made now; one that
+    /// exists keeps its own, so that all its writers agree.
+    ///
+    /// # Errors
+    /// As [`Store::open`]; the engine cannot serve several writers.
+    pub fn open_shared(engine: Arc<dyn Engine>, grace: Duration) -> Result<Self, Error> {
+        Self::open_with_grace(engine, Mode::Shared, grace)
+    }
+
+    fn open_with_grace(engine: Arc<dyn Engine>, mode: Mode, new_grace: Duration) -> Result<Self, Error> {
+        if mode == Mode::Shared && !engine.can_share() {
+            let place = engine.describe();
+            return Err(Error::Invalid(format!(
+                "{place} cannot be shared by many writers; use an object store (s3://…)"
+            )));
+        }
+        if mode == Mode::ReadWrite && engine.is_remote() {
+            let place = engine.describe();
+            return Err(Error::Invalid(format!("nobody keeps other writers away from {place}; open it as shared")));
+        }
+        if mode != Mode::ReadOnly {
+            engine.prove().map_err(|error| Error::io("use", engine.describe(), error))?;
+        }
         let keys = Keys::derive(&load_key(&*engine, mode)?);
         let store = Self {
             engine,
@@ -130,6 +189,8 @@ impl Store {
             ledger: Mutex::default(),
             collecting: Mutex::default(),
             publishing: Mutex::default(),
+            watch: WatchLock::default(),
+            new_grace,
             publications: Group::default(),
             blob_writers: Mutex::default(),
             refreshing: Mutex::default(),
@@ -138,6 +199,10 @@ impl Store {
             next_sequence: AtomicU64::new(1),
             counters: Counters::default(),
         };
+        if mode == Mode::Shared {
+            store.look(|_| Duration::ZERO)?;
+            return Ok(store);
+        }
         let found = store.load_packs(&BTreeMap::new())?;
         if mode == Mode::ReadWrite {
             let mut ledger = store.ledger();
@@ -152,7 +217,19 @@ impl Store {
     }
 
     pub(crate) fn writable(&self, action: &'static str) -> Result<(), Error> {
-        if self.mode == Mode::ReadWrite { Ok(()) } else { Err(Error::ReadOnly { action }) }
+        if self.mode == Mode::ReadOnly { Err(Error::ReadOnly { action }) } else { Ok(()) }
+    }
+
+    /// Which store this is: the same in every process, another for every store, and no secret.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.keys.id.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// How the engine's medium has been answering.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.engine.health()
     }
 
     /// A blob of zeros. Costs nothing and needs no IO: its root is a well-known name.
@@ -172,8 +249,12 @@ impl Store {
     /// It cannot be read, or is corrupt.
     pub fn head(&self, name: &str) -> Result<Option<(Manifest, Etag)>, Error> {
         head::check_name(name)?;
+        let asked = boot_time();
         let found = self.engine.head(name).map_err(|error| Error::io("read", head::object(name), error))?;
-        found.map(|(bytes, etag)| Ok((Manifest::decode(&bytes, name, &self.keys)?, etag))).transpose()
+        let Some((bytes, etag)) = found else { return Ok(None) };
+        let manifest = Manifest::decode(&bytes, name, &self.keys)?;
+        self.note_seen(&manifest, asked);
+        Ok(Some((manifest, etag)))
     }
 
     /// The names of all heads that start with `prefix`, sorted.
@@ -182,7 +263,8 @@ impl Store {
     /// They cannot be listed.
     pub fn heads(&self, prefix: &str) -> Result<Vec<String>, Error> {
         let mut names = self.engine.heads().map_err(|error| Error::io("list", "heads", error))?;
-        names.retain(|name| name.starts_with(prefix));
+        // What starts with a dot is the store's own.
+        names.retain(|name| name.starts_with(prefix) && !name.starts_with('.'));
         names.sort_unstable();
         Ok(names)
     }
@@ -194,6 +276,9 @@ impl Store {
     pub fn delete_head(&self, name: &str) -> Result<bool, Error> {
         self.writable("remove a head")?;
         head::check_name(name)?;
+        if self.is_shared() {
+            return self.engine.remove_head(name).map_err(|error| Error::io("remove", head::object(name), error));
+        }
         // Nobody may count references anew between the removal and the release, nor publish over the head
         // between the reading and the removal: something would be subtracted twice.
         let _counts = self.hold_counts();
@@ -256,11 +341,12 @@ impl Store {
         found.packs.sort_unstable();
         let newest = found.packs.iter().chain(&found.indexes).map(|id| id.sequence).max().unwrap_or(0);
         self.next_sequence.fetch_max(newest + 1, Ordering::Relaxed);
-        for &id in &found.indexes {
-            if known.contains_key(&id) {
-                continue;
-            }
-            match self.read_index(id) {
+        let new: Vec<PackId> = found.indexes.iter().filter(|id| !known.contains_key(id)).copied().collect();
+        // Over a network one after another would take as long as there are packs.
+        let threads = if self.engine.is_remote() { 16 } else { 1 };
+        let read = crate::commit::in_parallel(threads, new, |id| Ok((id, self.read_index(id))))?;
+        for (id, index) in read {
+            match index {
                 Ok(Some(index)) if found.packs.binary_search(&id).is_ok() => self.place_pack(id, &index)?,
                 Ok(Some(_)) => log::warn!("{} is missing beside its index", id.pack_object()),
                 // Removed since it was listed.
@@ -294,7 +380,11 @@ impl Store {
     /// Enters what an index lists, less what a pack cut short no longer has.
     fn place_items(&self, pack: &Pack, index: &Index) -> Result<(), Error> {
         let object = pack.id.pack_object();
-        let len = self.with_object(pack, |object| object.size()).map_err(|error| Error::io("open", object, error))?;
+        let len = if self.engine.is_remote() {
+            u64::MAX // visible as a whole or not at all; asking costs a request for each pack
+        } else {
+            self.with_object(pack, |object| object.size()).map_err(|error| Error::io("open", object, error))?
+        };
         for (frame, info, names) in index.items() {
             if u64::from(info.offset) + u64::from(info.stored) <= len {
                 for (slot, name) in names.iter().enumerate() {
@@ -307,12 +397,19 @@ impl Store {
 
     /// Brings a reader up to date. With `all`, packs known already are read again as well: their frames may
     /// have been given up and their blocks stored elsewhere.
-    pub(crate) fn refresh(&self, all: bool) -> Result<(), Error> {
+    /// Tells whether packs are gone.
+    pub(crate) fn refresh(&self, all: bool) -> Result<bool, Error> {
         let _guard = self.refreshing.lock().expect("no panic while refreshing");
-        let known: BTreeMap<PackId, Arc<Pack>> = self.catalog.packs().into_iter().map(|pack| (pack.id, pack)).collect();
+        let mut known: BTreeMap<PackId, Arc<Pack>> =
+            self.catalog.packs().into_iter().map(|pack| (pack.id, pack)).collect();
+        // Packs that this process is writing are not there yet, or appear while the folder is read.
+        let written: Vec<PackId> = known.values().filter(|pack| !pack.is_sealed()).map(|pack| pack.id).collect();
         let found = self.load_packs(&known)?;
+        written.iter().for_each(|id| drop(known.remove(id)));
+        let mut lost = false;
         for (id, pack) in &known {
             if found.indexes.binary_search(id).is_err() {
+                lost = true;
                 self.catalog.remove_pack(pack.handle);
                 self.catalog.forget_where(|location| location.pack == pack.handle);
             } else if all && let Some(index) = self.read_index(*id)? {
@@ -325,7 +422,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        Ok(lost)
     }
 
     /// Removes what a killed writer left: packs without index, indexes without pack, frames given up whose
@@ -440,8 +537,12 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
         return Err(not_a_store("its key file is missing, without which nothing in it can be checked; restore it"));
     }
     let key = random_bytes().map_err(|error| Error::io("read", "/dev/urandom", error))?;
-    engine.put("key", &encode_key(&key)).map_err(|error| Error::io("write", "key", error))?;
-    Ok(key)
+    if engine.put_new("key", &encode_key(&key)).map_err(|error| Error::io("write", "key", error))? {
+        return Ok(key);
+    }
+    // Another writer of a shared store was faster.
+    let found = engine.get("key").map_err(|error| Error::io("read", "key", error))?;
+    decode_key(&found.ok_or_else(|| not_a_store("its key file went while it was opened"))?)
 }
 
 pub(crate) fn encode_key(key: &[u8; 32]) -> Vec<u8> {

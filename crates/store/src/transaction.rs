@@ -7,9 +7,10 @@ use crate::frame::Encoded;
 use crate::head::Manifest;
 use crate::ledger::{HoldCounts, Ledger};
 use crate::name::{Name, Version};
+use crate::shared::Safety;
 use crate::store::Store;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A unit of writing: any number of commits, then one publication. Dropped unpublished, it leaves nothing that
@@ -20,6 +21,9 @@ pub struct Transaction<'a> {
     held: Mutex<Vec<(Name, u8)>>,
     /// The packs it started; the last one takes more frames.
     packs: Mutex<Vec<Arc<Pack>>>,
+    pub(crate) safety: Mutex<Safety>,
+    /// Full packs become durable at once.
+    seal_full: AtomicBool,
     _counts: HoldCounts<'a>,
 }
 
@@ -44,14 +48,25 @@ impl Drop for Appended {
 impl Store {
     /// Starts a transaction. Any number may be under way.
     pub fn begin(&self) -> Transaction<'_> {
-        Transaction { store: self, held: Mutex::default(), packs: Mutex::default(), _counts: self.hold_counts() }
+        Transaction {
+            store: self,
+            held: Mutex::default(),
+            packs: Mutex::default(),
+            safety: Mutex::default(),
+            // What an engine holds in memory until it is durable must not grow with the transaction.
+            seal_full: AtomicBool::new(self.engine.is_remote()),
+            _counts: self.hold_counts(),
+        }
     }
 
     /// Drops packs of ended transactions to which nothing refers.
-    pub(crate) fn drop_orphans(&self, _ledger: &mut Ledger) {
+    pub(crate) fn drop_orphans(&self, ledger: &mut Ledger) {
+        // Where nobody counts, another transaction may rely on what an orphan holds.
+        let alone = ledger.holders <= 1;
+        let is_needed = |pack: &Pack| if self.is_shared() { !alone } else { pack.live() > 0 };
         let mut open = self.open_packs.lock().expect("no panic while open packs are locked");
         open.retain(|pack| {
-            if !pack.orphan.load(Ordering::Relaxed) || pack.live() > 0 || pack.is_sealed() {
+            if !pack.orphan.load(Ordering::Relaxed) || is_needed(pack) || pack.is_sealed() {
                 return true;
             }
             let Some((names, uploaded)) = pack.abandon() else { return true };
@@ -82,8 +97,18 @@ impl Transaction<'_> {
             {
                 return Ok(Appended { pack: Arc::clone(pack), frame });
             }
+            if self.seal_full.load(Ordering::Relaxed)
+                && let Some(full) = packs.last()
+            {
+                self.store.seal_packs(std::iter::once(full))?;
+            }
             packs.push(self.store.start_pack()?);
         }
+    }
+
+    /// Makes each pack durable as soon as it is full, so that what a killed transaction has done is found again.
+    pub(crate) fn seal_when_full(&self) {
+        self.seal_full.store(true, Ordering::Relaxed);
     }
 
     /// Makes the packs of this transaction durable, whether or not anything refers to them yet.

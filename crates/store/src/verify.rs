@@ -127,7 +127,7 @@ impl Store {
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, Error> {
         // A collection of this process would give up frames under our eyes.
         let _quiet = self.collecting.lock().expect("no panic while collecting");
-        if self.mode == Mode::ReadOnly {
+        if self.mode != Mode::ReadWrite {
             self.refresh(true)?;
         }
         let mut report = Report::default();
@@ -189,7 +189,7 @@ impl Store {
         report.packs += 1;
         for (number, info, names) in index.items().filter(|(_, info, _)| info.items > 0) {
             for (slot, what) in self.check_frame(&*object, info, names) {
-                if self.mode == Mode::ReadOnly && !self.lists(id, number)? {
+                if self.mode != Mode::ReadWrite && !self.lists(id, number)? {
                     break; // the writer gave the frame up meanwhile
                 }
                 let offset = u64::from(info.offset);

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use store::{Error, Expect, Mode, Store, Version};
+use store::{Error, Expect, Fate, Mode, Store, Version};
 
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut out = Vec::new();
@@ -449,4 +449,32 @@ fn a_full_disk_is_named_and_survived() {
     let version = publish(&store, "medium", &medium);
     assert_same(&read_all(&store, &version).unwrap(), &medium.0);
     assert_sound(&store);
+}
+
+#[test]
+fn what_a_collection_would_do_is_what_it_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), Mode::ReadWrite).unwrap();
+    let mut rng = Rng(77);
+    let (a, b) = (Mem(rng.noise(400 * 4096)), Mem(rng.noise(400 * 4096)));
+    publish(&store, "a", &a);
+    publish(&store, "b", &b);
+    // Half of it lives on under another name.
+    let half = Mem(a.0[..200 * 4096].to_vec());
+    publish(&store, "half", &half);
+    let all = store.explain_collection(&[]).unwrap();
+    assert_eq!((all.bytes_now, all.bytes_later), (0, 0), "{all:#?}");
+    let without = store.explain_collection(&["a".to_owned(), "b".to_owned()]).unwrap();
+    let fates: Vec<Fate> = without.packs.iter().map(|pack| pack.fate).collect();
+    assert_eq!(fates, [Fate::Trim, Fate::Remove, Fate::Keep], "{without:#?}");
+    assert!(without.packs[0].why.contains("`half`") && without.packs[1].why.contains("no head"), "{without:#?}");
+    let shares: Vec<(&str, bool)> = without.heads.iter().map(|head| (head.head.as_str(), head.dropped)).collect();
+    assert_eq!(shares, [("a", true), ("b", true), ("half", false)]);
+    assert_eq!(store.explain_collection(&[]).unwrap(), all, "an explanation changes nothing");
+    store.delete_head("a").unwrap();
+    store.delete_head("b").unwrap();
+    let given_back = store.collect().unwrap().bytes;
+    // The medium counts whole blocks of its own.
+    let said = without.bytes_now;
+    assert!(given_back.abs_diff(said) < said / 20, "{given_back} {said}");
 }

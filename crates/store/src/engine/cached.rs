@@ -20,7 +20,7 @@ mod prefetch;
 #[cfg(test)]
 mod tests;
 
-use super::{Engine, Etag, Expect, Object, Upload};
+use super::{Engine, Etag, Expect, Health, Object, Upload};
 use crate::chunks::Key;
 use crate::chunks::disk::{Disk, PIECES, SLOT_OVERHEAD};
 use crate::chunks::index::Index;
@@ -720,6 +720,33 @@ impl Engine for Cached {
         let removed = self.shared.observe(self.shared.origin.remove_head(name))?;
         self.shared.forget_small(&format!("heads/{name}"));
         Ok(removed)
+    }
+
+    // `can_share` stays false: a writer of a shared store must not be told of old heads and lists while the server
+    // is away, because what it may rely on stands in them.
+
+    fn can_punch(&self) -> bool {
+        self.shared.origin.can_punch()
+    }
+
+    fn is_remote(&self) -> bool {
+        self.shared.origin.is_remote()
+    }
+
+    fn prove(&self) -> io::Result<()> {
+        self.shared.origin.prove()
+    }
+
+    fn now_ms(&self) -> io::Result<u64> {
+        self.shared.origin.now_ms()
+    }
+
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        self.shared.origin.made_ms(name)
+    }
+
+    fn health(&self) -> Health {
+        self.shared.origin.health()
     }
 }
 

@@ -391,4 +391,9 @@ impl Engine for Local {
         let _guard = self.heads.lock().expect("no panic while heads are locked");
         Ok(self.remove_paths(&[self.head_path(name)])? > 0)
     }
+
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        let made = not_found_is_none(fs::metadata(self.dir.join(name)))?;
+        Ok(made.map(|made| (made.mtime().max(0) as u64) * 1000 + made.mtime_nsec() as u64 / 1_000_000))
+    }
 }

@@ -30,6 +30,8 @@ struct State {
     objects: BTreeMap<String, Vec<u8>>,
     heads: BTreeMap<String, Vec<u8>>,
     log: Vec<Step>,
+    /// When each object became visible, in milliseconds since 1970.
+    made: BTreeMap<String, u64>,
     /// Bytes in unfinished uploads.
     pending: u64,
     capacity: Option<u64>,
@@ -38,7 +40,10 @@ struct State {
 impl State {
     fn apply(&mut self, step: Step) {
         match step.clone() {
-            Step::Put(name, bytes) => drop(self.objects.insert(name, bytes)),
+            Step::Put(name, bytes) => {
+                self.made.insert(name.clone(), now_ms());
+                self.objects.insert(name, bytes);
+            }
             Step::Remove(name) => drop(self.objects.remove(&name)),
             Step::Punch(name, range) => {
                 if let Some(object) = self.objects.get_mut(&name) {
@@ -61,6 +66,10 @@ impl State {
             _ => Ok(()),
         }
     }
+}
+
+fn now_ms() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_millis() as u64)
 }
 
 /// The engine. Clones share one state.
@@ -234,5 +243,21 @@ impl Engine for Memory {
             state.apply(Step::RemoveHead(name.to_owned()));
         }
         Ok(there)
+    }
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        let mut state = self.state();
+        state.admit(bytes.len())?;
+        let absent = !state.objects.contains_key(name);
+        if absent {
+            state.apply(Step::Put(name.to_owned(), bytes.to_vec()));
+        }
+        Ok(absent)
+    }
+    fn can_share(&self) -> bool {
+        true
+    }
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        let state = self.state();
+        Ok(state.objects.contains_key(name).then(|| state.made.get(name).copied().unwrap_or(0)))
     }
 }

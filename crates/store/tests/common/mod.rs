@@ -129,3 +129,16 @@ pub fn assert_sound(store: &Store) {
     let report = store.verify(&mut |_, _| {}).unwrap();
     assert!(report.faults.is_empty(), "{} faults, first: {}", report.faults_total, report.faults[0]);
 }
+
+/// Collects a shared store until nothing waits for the end of its grace period.
+pub fn collect_shared(store: &Store) {
+    for _ in 0..200 {
+        store.collect().unwrap();
+        let plan = store.explain_collection(&[]).unwrap();
+        if plan.bytes_now + plan.bytes_later == 0 && plan.packs.iter().all(|pack| pack.kept_bytes > 0) {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("garbage stays: {:#?}", store.explain_collection(&[]).unwrap().packs);
+}
