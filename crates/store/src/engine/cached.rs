@@ -19,8 +19,9 @@ mod fetch;
 mod prefetch;
 #[cfg(test)]
 mod tests;
+mod upload;
 
-use super::{Engine, Etag, Expect, Health, Object, Upload};
+use super::{Engine, Etag, Expect, HeadSwap, Health, Object, Swapped, Upload};
 use crate::chunks::Key;
 use crate::chunks::disk::{Disk, PIECES, SLOT_OVERHEAD};
 use crate::chunks::index::Index;
@@ -39,6 +40,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use upload::CachedUpload;
 
 /// Bytes fetched at once at most.
 pub const RUN_BYTES: usize = 1 << 20;
@@ -547,52 +549,6 @@ impl Shared {
     }
 }
 
-/// A pack being written: read from the upload until it is finished, then as any other.
-struct CachedUpload {
-    below: Box<dyn Upload>,
-    finished: Arc<AtomicBool>,
-    pack: Arc<OpenPack>,
-}
-
-struct UploadObject {
-    below: Arc<dyn Object>,
-    finished: Arc<AtomicBool>,
-    pack: Arc<OpenPack>,
-}
-
-impl UploadObject {
-    fn current(&self) -> &dyn Object {
-        if self.finished.load(Ordering::Acquire) { &*self.pack } else { &*self.below }
-    }
-}
-
-impl Object for UploadObject {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.current().read_at(offset, buf)
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.current().size()
-    }
-    fn distrust(&self, range: ByteRange) -> bool {
-        self.current().distrust(range)
-    }
-}
-
-impl Upload for CachedUpload {
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.below.append(bytes)
-    }
-    fn object(&self) -> Arc<dyn Object> {
-        let (finished, pack) = (Arc::clone(&self.finished), Arc::clone(&self.pack));
-        Arc::new(UploadObject { below: self.below.object(), finished, pack })
-    }
-    fn finish(&mut self) -> io::Result<()> {
-        self.below.finish()?;
-        self.finished.store(true, Ordering::Release);
-        Ok(())
-    }
-}
-
 impl Engine for Cached {
     fn describe(&self) -> String {
         self.shared.origin.describe()
@@ -603,7 +559,7 @@ impl Engine for Cached {
         let below = self.shared.observe(self.shared.origin.upload(name))?;
         let Some(pack) = pack_of(name) else { return Ok(below) };
         let pack = Arc::new(self.open_pack(name, pack));
-        Ok(Box::new(CachedUpload { below, finished: Arc::default(), pack }))
+        Ok(Box::new(CachedUpload::new(below, pack)))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn Object>> {
@@ -722,8 +678,36 @@ impl Engine for Cached {
         Ok(removed)
     }
 
-    // `can_share` stays false: a writer of a shared store must not be told of old heads and lists while the server
-    // is away, because what it may rely on stands in them.
+    /// Not over copies that may be old: what a writer of a shared store relies on stands in heads and lists.
+    fn can_share(&self) -> bool {
+        !self.shared.stale_reads && self.shared.origin.can_share()
+    }
+
+    fn concurrency(&self) -> usize {
+        self.shared.origin.concurrency()
+    }
+
+    fn swap_heads(&self, swaps: &[HeadSwap]) -> Vec<io::Result<Swapped>> {
+        if self.shared.stale_reads {
+            return swaps.iter().map(|_| self.shared.writable().map(|()| Err("it may be old"))).collect();
+        }
+        let swapped = self.shared.origin.swap_heads(swaps);
+        for (swap, done) in swaps.iter().zip(&swapped) {
+            if let Ok(Ok(_)) = done {
+                self.shared.keep_small(&format!("heads/{}", swap.name), &swap.bytes);
+            }
+        }
+        swapped
+    }
+
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        self.shared.writable()?;
+        let made = self.shared.observe(self.shared.origin.put_new(name, bytes))?;
+        if made && is_small(name) {
+            self.shared.keep_small(name, bytes);
+        }
+        Ok(made)
+    }
 
     fn can_punch(&self) -> bool {
         self.shared.origin.can_punch()
