@@ -6,8 +6,10 @@
 
 mod blobs;
 pub mod client;
+mod transfer;
 mod types;
 
 pub use blobs::*;
 pub use client::{Client, ClientError, Upgraded};
+pub use transfer::*;
 pub use types::*;

@@ -209,6 +209,16 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
         views.push((view, version));
     }
     versions.insert("device".into(), transaction.put_bytes(&device)?);
+    if record.tag.is_some() {
+        // What its machines boot again from, wherever they run by then. The image has the same blocks.
+        let kernel = &record.origin.kernel;
+        for (name, path) in [("kernel", Some(kernel)), ("initrd", record.origin.initrd.as_ref())] {
+            if let Some(path) = path {
+                let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+                versions.insert(name.into(), transaction.put_bytes(&bytes)?);
+            }
+        }
+    }
     publish(shared, record, transaction, versions, before)?;
     let mut table = shared.versions.lock().expect("no holder panics");
     table.insert(record.id, ram);

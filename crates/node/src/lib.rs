@@ -22,6 +22,7 @@ mod recover;
 mod snapshots;
 mod sweep;
 pub mod sys;
+mod transfer;
 pub mod vm;
 
 pub use blobs::Named;

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::node::{Node, Shared, new_uuid};
 use crate::record::{self, Life, SnapshotMeta, VmRecord};
 use crate::vm::Source;
-use crate::{names, sweep};
+use crate::{image, names, sweep};
 use api::RunRequest;
 use base::{RamFileId, RamMap};
 use std::collections::BTreeSet;
@@ -115,6 +115,10 @@ impl Node {
             )));
         }
         let (manifest, meta) = self.snapshot(from)?;
+        let mut origin = meta.origin.clone();
+        if let Some(files) = image::carried_files(&self.shared.store, &manifest, &self.shared.home.path("kernels"))? {
+            (origin.kernel, origin.initrd) = files;
+        }
         let map = RamMap::decode(&meta.map).map_err(|reason| Error::Invalid(format!("{from}: {reason}")))?;
         for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
             self.ensure_ram(id, meta.shape.memory_bytes())?;
@@ -128,7 +132,7 @@ impl Node {
             id: self.shared.home.new_id()?,
             name: name.to_owned(),
             created: record::now(),
-            origin: meta.origin.clone(),
+            origin,
             parent: Some(from.to_owned()),
             generation: meta.generation + 1,
             overlays: meta.shape.disks.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?,

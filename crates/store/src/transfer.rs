@@ -39,6 +39,9 @@ pub struct Progress<'a> {
     pub total_bytes: u64,
 }
 
+/// Makes the description of a head that arrives: what [`Manifest::meta`] is to be.
+pub type Describe<'a> = dyn Fn(&Manifest) -> Result<String, Error> + Sync + 'a;
+
 /// How to transfer.
 pub struct Options<'a> {
     /// The state the destination's head must be in.
@@ -47,6 +50,9 @@ pub struct Options<'a> {
     pub threads: usize,
     /// Heads of the destination that are likely to have much in common with the one that comes.
     pub bases: &'a [String],
+    /// Makes the description of the head that arrives out of that of the head that was sent, and its versions as they
+    /// are called here. The same where absent.
+    pub describe: Option<&'a Describe<'a>>,
     /// Told after every few MiB.
     pub progress: Option<&'a (dyn Fn(Progress<'_>) + Sync)>,
     /// Looked at all the time: stops the transfer. What was sent by then shortens the next attempt.
@@ -55,7 +61,7 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { expect: Expect::Any, threads: 8, bases: &[], progress: None, cancel: None }
+        Self { expect: Expect::Any, threads: 8, bases: &[], describe: None, progress: None, cancel: None }
     }
 }
 
@@ -141,6 +147,9 @@ pub fn transfer(
         done.stored_bytes += stat.stored_bytes;
         note.blobs.insert(blob.clone(), Pair { source: *version, here });
         arrived.versions.insert(blob.clone(), here);
+    }
+    if let Some(describe) = options.describe {
+        arrived.meta = describe(&arrived)?;
     }
     tx.publish(to_head, options.expect.clone(), &arrived)?;
     if let Err(error) = write_note(to, to_head, &note) {

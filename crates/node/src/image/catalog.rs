@@ -189,6 +189,23 @@ pub fn kernel_files(store: &Store, image: &Stored, dir: &Path) -> Result<(PathBu
     Ok((kernel, initrd))
 }
 
+/// The kernel and the initial RAM disk that a snapshot carries, as [`kernel_files`]; none where it carries none.
+///
+/// # Errors
+/// As [`kernel_files`].
+pub fn carried_files(
+    store: &Store,
+    manifest: &store::Manifest,
+    dir: &Path,
+) -> Result<Option<(PathBuf, Option<PathBuf>)>> {
+    std::fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
+    let file = |what| manifest.versions.get(what).map(|version| extract(store, version, dir, what)).transpose();
+    match file(KERNEL)? {
+        Some(kernel) => Ok(Some((kernel, file(INITRD)?))),
+        None => Ok(None),
+    }
+}
+
 fn extract(store: &Store, version: &Version, dir: &Path, what: &str) -> Result<PathBuf> {
     let path = dir.join(format!("{what}-{}.{}", version.root, version.size));
     if path.metadata().is_ok_and(|meta| meta.len() == version.size) {

@@ -6,6 +6,7 @@ mod disks;
 mod images;
 mod machine;
 mod output;
+mod stores;
 mod vms;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -107,6 +108,21 @@ enum Command {
     /// Build, import, list and remove images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Send images, snapshots and blobs to another store: a directory, or S3; only what it lacks is sent
+    Push(TransferArgs),
+    /// Fetch images, snapshots and blobs from another store
+    Pull(TransferArgs),
+    /// List what another store has
+    Remote {
+        /// Path of a directory, or s3://BUCKET/PREFIX?endpoint=URL
+        #[arg(env = "OFFSHOOT_REMOTE")]
+        store: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Drop old snapshots by rule, and give back the space that nothing reaches
+    Gc(GcArgs),
     /// Keep versioned arrays of bytes: write, read any version, clone, compare, tag
     #[command(subcommand)]
     Blob(BlobCommand),
@@ -117,7 +133,8 @@ enum Command {
     Export(ExportArgs),
     /// Say what this host can do, and why
     Doctor(ListArgs),
-    /// Read and check everything in the store
+    /// Read and check everything in the store, and name what is wrong
+    #[command(visible_alias = "fsck")]
     Verify(ListArgs),
     /// Run the node daemon; other commands start it by themselves
     Serve,
@@ -274,6 +291,41 @@ enum ImageCommand {
         #[arg(required = true)]
         names: Vec<String>,
     },
+}
+
+#[derive(Args)]
+struct TransferArgs {
+    /// VM@TAG (a snapshot), NAME (an image) or blob:NAME
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// The other store: path of a directory, or s3://BUCKET/PREFIX?endpoint=URL
+    #[arg(long, env = "OFFSHOOT_REMOTE", visible_aliases = ["to", "from"])]
+    store: String,
+    /// Replace what is there; only what differs is sent
+    #[arg(long)]
+    force: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct GcArgs {
+    /// Say what would be done and why, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Keep so many of the newest snapshots of each VM, and drop the others
+    #[arg(long)]
+    keep_last: Option<usize>,
+    /// Keep snapshots not older than this, as in 7days, and drop the others
+    #[arg(long, value_parser = humantime::parse_duration)]
+    keep_within: Option<std::time::Duration>,
+    /// Clean up another store instead
+    #[arg(long)]
+    store: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -511,6 +563,10 @@ fn run(cli: &Cli) -> Outcome {
         Command::Wait { names } => vms::wait(&client, names),
         Command::Balloon { name, memory } => vms::balloon(&client, name, *memory),
         Command::Image(command) => images::image(&client, command),
+        Command::Push(args) => stores::transfer(&client, stores::Way::Push, args),
+        Command::Pull(args) => stores::transfer(&client, stores::Way::Pull, args),
+        Command::Remote { store, json } => stores::remote(&client, store, *json),
+        Command::Gc(args) => stores::gc(&client, args),
         Command::Blob(command) => blobs::blob(&client, command),
         Command::Nbd(command) => disks::nbd(&client, command),
         Command::Export(args) => disks::export(&client, args),

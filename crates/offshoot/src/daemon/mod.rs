@@ -6,6 +6,7 @@ mod blobs;
 mod console;
 mod long;
 mod routes;
+mod stores;
 
 use node::{Home, Node};
 use rustix::fs::FlockOperation;

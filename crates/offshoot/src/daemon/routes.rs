@@ -2,7 +2,7 @@
 
 use super::Daemon;
 use super::long::{Failure, respond};
-use super::{blobs, console, long};
+use super::{blobs, console, long, stores};
 use api::{
     BalloonRequest, BuildRequest, Ended, ForkRequest, ImportRequest, NbdRequest, RunRequest, SnapshotRequest,
     StopRequest, Version,
@@ -44,6 +44,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/images/import", post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image))
         .merge(blobs::router())
+        .merge(stores::router())
         .route("/v1/nbd", get(nbd_exports).post(serve_nbd))
         .route("/v1/nbd/{name}", axum::routing::delete(stop_nbd))
         .fallback(unknown)
