@@ -12,6 +12,7 @@ pub mod host;
 pub mod limit;
 pub mod probe;
 pub mod report;
+pub mod stores;
 
 /// What a run of the harness fails with.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -8,7 +8,8 @@ fn main() -> ExitCode {
     let done = match words.first().map(String::as_str) {
         Some("demo") => demo(),
         Some("fork") => fork(),
-        _ => Err("usage: offshoot-bench demo|fork".into()),
+        Some("store") => store(&words[1..]),
+        _ => Err("usage: offshoot-bench demo|fork|store [PART…]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -28,6 +29,11 @@ fn demo() -> bench::Outcome {
 fn fork() -> bench::Outcome {
     let target = target();
     bench::fork::run(&program()?, &home("bench-home"), &target.join("bench/fork.json"))
+}
+
+fn store(parts: &[String]) -> bench::Outcome {
+    let target = target();
+    bench::stores::run(&program()?, &home("bench-store"), &target.join("bench/store.json"), parts)
 }
 
 /// The directory in which cargo builds: ours lies in `<target>/<profile>/`.
