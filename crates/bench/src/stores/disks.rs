@@ -74,7 +74,7 @@ fn overlay(client: &mut Client, id: u64, size: u64) -> Outcome {
 
 /// Runs `fio` for some seconds; bytes a second.
 fn fio(bench: &Bench<'_>, target: &[&str], size: u64, load: &[&str]) -> Outcome<f64> {
-    let seconds = bench.either("1", "4");
+    let seconds = bench.either("1", "3");
     let size = format!("--size={size}");
     let out = Command::new("fio")
         .args(["--name=bench", "--time_based=1", "--runtime", seconds, "--output-format=json", "--randrepeat=0"])

@@ -19,9 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Workers of one connection at most.
-const WORKERS_MAX: usize = 16;
+const WORKERS_MAX: usize = 32;
 /// Free workers that a connection keeps.
-const FREE_MAX: usize = 2;
+const FREE_MAX: usize = 16;
 /// What is moved at a time; a longer request takes several.
 const PIECE: usize = 1 << 20;
 /// Bytes read ahead from the socket.
