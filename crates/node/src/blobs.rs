@@ -160,6 +160,7 @@ impl Node {
                 blob.append(&data)?
             }
         };
+        self.committer.note_commit();
         Ok(BlobChanged { number, bytes })
     }
 

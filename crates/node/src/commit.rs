@@ -17,7 +17,7 @@ use mirror::control::Below;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use store::{BlockSource, Changes, Manifest, Version};
@@ -25,12 +25,16 @@ use store::{BlockSource, Changes, Manifest, Version};
 /// How long a commit that failed waits before it is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// Commits by others behind which the store is tidied up.
+const TIDY: u64 = 64;
+
 /// How long after a fork its commit begins.
 const GRACE: Duration = Duration::from_millis(300);
 
 /// The committing thread's desk.
 pub(crate) struct Committer {
     desk: Arc<Desk>,
+    noted: AtomicU64,
     threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
@@ -64,13 +68,22 @@ impl Committer {
             thread.map_err(Error::io("start a thread for", "commits"))
         };
         let threads = vec![spawn("commit", work_off)?, spawn("sweep", sweep_up)?];
-        Ok(Self { desk, threads: Mutex::new(threads) })
+        Ok(Self { desk, noted: AtomicU64::new(0), threads: Mutex::new(threads) })
     }
 
     /// Queues a freeze that is in `shared.pending`.
     pub(crate) fn submit(&self, id: u64) {
         self.desk.state.lock().expect("no holder panics").queue.insert(id);
         self.desk.changed.notify_all();
+    }
+
+    /// Counts a small commit that somebody else made: behind so many the store is tidied up, so that a long history
+    /// does not become as many files.
+    pub(crate) fn note_commit(&self) {
+        if self.noted.fetch_add(1, Ordering::Relaxed) % TIDY == TIDY - 1 {
+            self.desk.state.lock().expect("no holder panics").sweep = true;
+            self.desk.changed.notify_all();
+        }
     }
 
     /// Why a commit is stuck, where it is.

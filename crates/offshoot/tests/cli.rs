@@ -7,6 +7,7 @@ mod common;
 
 use bench::Outcome;
 use bench::host::free_ports;
+use common::tiny::{DISK, disk_bytes, halting_kernel};
 use common::{TestHost, eventually, halting_kernel, host, kill, processes, program};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -15,27 +16,6 @@ use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
-/// Bytes of the tiny image's disk.
-const DISK: u64 = 16 << 20;
-
-/// A disk on which every block differs from every other, and half of which compresses.
-fn disk_bytes() -> Vec<u8> {
-    let mut state = 0x2545_f491_4f6c_dd1du64;
-    let mut bytes = vec![0u8; DISK as usize];
-    for (block, chunk) in bytes.chunks_mut(4096).enumerate() {
-        let filled = if block % 2 == 0 { 4096 } else { 1024 };
-        for word in chunk[..filled].chunks_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
-    }
-    // Nothing that could be taken for a partition table.
-    bytes[..4096].fill(0);
-    bytes
-}
 
 /// A home, a directory for what is brought in, and the image `tiny` in it.
 struct Scene {

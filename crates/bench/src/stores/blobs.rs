@@ -173,6 +173,8 @@ pub(super) fn history(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
 
 const HISTORY_SIZE: u64 = 16 * GIB;
 const HISTORY_DATA: u64 = 256 * MIB;
+/// A daemon tidies up behind so many writes.
+const TIDY: u64 = 64;
 
 /// Makes a blob with data in `commits` commits; the first brings most of it.
 fn grow(store: &Store, commits: u64) -> Outcome {
@@ -181,6 +183,9 @@ fn grow(store: &Store, commits: u64) -> Outcome {
     blob.write_from(&scattered(&mut dice, HISTORY_SIZE, (HISTORY_DATA / BLOCK) as usize), &Noise(1), 2)?;
     for commit in 1..commits {
         blob.write_from(&scattered(&mut dice, HISTORY_SIZE, 16), &Noise(commit + 1), 1)?;
+        if commit % TIDY == 0 {
+            store.collect()?;
+        }
     }
     Ok(())
 }

@@ -34,8 +34,11 @@ impl Drop for Running {
             let _ = child.kill();
             let _ = child.wait();
         }
-        if let Some(mount) = &self.1 {
-            let _ = Command::new("umount").arg("-l").arg(mount).stderr(Stdio::null()).status();
+        // What a mirror mounts outlives it.
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+        for point in points.filter(|point| self.1.as_ref().is_some_and(|home| point.starts_with(home))) {
+            let _ = Command::new("umount").arg("-l").arg(point).stderr(Stdio::null()).status();
         }
     }
 }
@@ -55,7 +58,7 @@ fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()?;
-    let running = Running(vec![child], Some(home.join("mnt")));
+    let running = Running(vec![child], Some(home.canonicalize()?));
     let mut client = Client::new(mirror::socket_path(home));
     let end = Instant::now() + Duration::from_secs(20);
     while let Err(error) = client.hello() {

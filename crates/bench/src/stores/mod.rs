@@ -63,15 +63,23 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
         let known: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
         return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
     }
-    let mut figures = Vec::new();
+    let (mut figures, mut failed) = (Vec::new(), Vec::new());
     for (name, part) in parts {
         if only.is_empty() || only.iter().any(|wanted| wanted == name) {
             println!("-- {name}");
-            figures.extend(part(&bench).map_err(|error| format!("{name}: {error}"))?);
+            match part(&bench) {
+                Ok(found) => figures.extend(found),
+                // The others are worth having all the same.
+                Err(error) => {
+                    eprintln!("{name}: {error}");
+                    failed.push(name);
+                }
+            }
         }
     }
     let _ = std::fs::remove_dir_all(dir);
-    report::write(to, &figures)
+    report::write(to, &figures)?;
+    if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
 }
 
 /// Bytes that a file, or everything in a directory, takes on the medium.

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
+pub(crate) mod tiny;
+
 use bench::Outcome;
 use bench::guest::Guest;
 use bench::host::Host;
