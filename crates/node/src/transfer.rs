@@ -252,17 +252,27 @@ fn refuse_taken(store: &Store, head: &str, name: &str, force: bool) -> Result<()
 
 /// The snapshots that a rule lets go, VM by VM.
 fn snapshots_to_drop(store: &Store, rule: &Retention) -> Result<Vec<String>> {
-    let mut series: BTreeMap<String, Vec<Member>> = BTreeMap::new();
+    let mut series: BTreeMap<String, Vec<(u64, u64, String)>> = BTreeMap::new();
     for head in store.heads("snap/")? {
         let Some((manifest, _)) = store.head(&head)? else { continue };
         let meta = meta(&head, &manifest)?;
         let made = humantime::parse_rfc3339_weak(&meta.created).ok();
         let made = made.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
-        let member = Member { head, made_ms: made.map_or(u64::MAX, |d| d.as_millis() as u64), held: false };
-        series.entry(meta.vm).or_default().push(member);
+        let made_ms = made.map_or(u64::MAX, |d| d.as_millis() as u64);
+        series.entry(meta.vm).or_default().push((made_ms, meta.id, head));
     }
+    let members = |mut of: Vec<(u64, u64, String)>| -> Vec<Member> {
+        // Times are whole seconds: of one second the order of the ids counts, which are given out in ascending order.
+        of.sort();
+        let member = |(place, (made_ms, _, head)): (usize, (u64, u64, String))| Member {
+            head,
+            made_ms: made_ms.saturating_add(place as u64 % 1000),
+            held: false,
+        };
+        of.into_iter().enumerate().map(member).collect()
+    };
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Ok(series.values().flat_map(|members| rule.drops(members, now.as_millis() as u64)).collect())
+    Ok(series.into_values().flat_map(|of| rule.drops(&members(of), now.as_millis() as u64)).collect())
 }
 
 /// A head as people name it.

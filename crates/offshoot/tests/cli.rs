@@ -7,7 +7,7 @@ mod common;
 
 use bench::Outcome;
 use bench::host::free_ports;
-use common::tiny::{DISK, disk_bytes, halting_kernel};
+use common::tiny::{DISK, disk_bytes};
 use common::{TestHost, eventually, halting_kernel, host, kill, processes, program};
 use serde_json::Value;
 use std::collections::BTreeSet;

@@ -6,8 +6,8 @@ mod common;
 mod weed;
 
 use bench::Outcome;
-use common::tiny::{disk_bytes, halting_kernel};
-use common::{TestHost, host, program};
+use common::tiny::disk_bytes;
+use common::{TestHost, halting_kernel, host, program};
 use std::process::{Command, Output};
 
 fn offshoot(host: &TestHost, words: &[&str]) -> Output {
