@@ -1,7 +1,7 @@
 //! A disk through the mirror's fronts, all of it local, beside a plain file on the same file system and beside
 //! `qemu-nbd`; and the memory that the mirror takes for a very large one.
 
-use super::{Bench, COMMAND, drop_caches};
+use super::{Bench, COMMAND, drop_caches, unmount_below};
 use crate::Outcome;
 use crate::report::{Figure, median};
 use mirror::{Below, Client, ExportSource, ExportSpec, OverlaySpec};
@@ -34,11 +34,8 @@ impl Drop for Running {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // What a mirror mounts outlives it.
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
-        for point in points.filter(|point| self.1.as_ref().is_some_and(|home| point.starts_with(home))) {
-            let _ = Command::new("umount").arg("-l").arg(point).stderr(Stdio::null()).status();
+        if let Some(home) = &self.1 {
+            unmount_below(home);
         }
     }
 }

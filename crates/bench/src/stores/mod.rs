@@ -13,6 +13,7 @@ use crate::report::Figure;
 use crate::{Outcome, report};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// The command that measures all this again.
 const COMMAND: &str = "make bench-store";
@@ -31,6 +32,8 @@ impl Bench<'_> {
     /// A fresh directory below the benchmark's.
     fn fresh(&self, name: &str) -> Outcome<PathBuf> {
         let dir = self.dir.join(name);
+        // A run that was killed leaves mounts.
+        unmount_below(&dir);
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir)?;
         Ok(dir)
@@ -80,6 +83,16 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     let _ = std::fs::remove_dir_all(dir);
     report::write(to, &figures)?;
     if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
+}
+
+/// Unmounts what mirrors that are gone have mounted in a directory.
+fn unmount_below(dir: &Path) {
+    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(&dir)) {
+        let _ = Command::new("umount").arg("-l").arg(point).stderr(Stdio::null()).status();
+    }
 }
 
 /// Bytes that a file, or everything in a directory, takes on the medium.
