@@ -22,6 +22,8 @@ pub struct Named {
     pub number: u64,
     /// Its size.
     pub size: u64,
+    /// The version.
+    pub version: store::Version,
 }
 
 impl Node {
@@ -83,7 +85,7 @@ impl Node {
             Some(version) => self.at(&blob, version)?,
         };
         let (number, found) = blob.version(at)?;
-        Ok(Named { blob: blob.name().to_owned(), number, size: found.size })
+        Ok(Named { blob: blob.name().to_owned(), number, size: found.size, version: found })
     }
 
     fn at(&self, blob: &store::blob::Blob<'_>, version: &str) -> Result<At> {

@@ -174,13 +174,16 @@ impl Node {
         self.described(&record)
     }
 
-    /// What a source text stands for: an image, a snapshot's disk, a scratch disk.
+    /// What a source text stands for: an image, a snapshot's disk, a scratch disk, a blob's version.
     fn resolve(&self, source: &str) -> Result<Resolved> {
         if let Some(name) = source.strip_prefix(SCRATCH) {
             let record = self.shared.export(name).filter(|e| e.writable).ok_or_else(|| {
                 Error::NotFound(format!("no scratch disk is named {name}; `offshoot nbd ls` lists them"))
             })?;
             return Ok(Resolved { version: version_of(&record)?, scratch: Some(record) });
+        }
+        if let Some(text) = source.strip_prefix("blob:") {
+            return Ok(Resolved { version: self.blob_version(text)?.version, scratch: None });
         }
         if source.contains('@') {
             return Ok(Resolved { version: snapshots::disk_of(&self.shared, source)?, scratch: None });

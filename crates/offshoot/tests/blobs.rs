@@ -78,6 +78,11 @@ fn every_version_can_be_read_and_what_is_refused_changes_nothing() -> Outcome {
     let part = done(&host, &["read", "team/disk@1", "--offset", "5000", "--length", "100001"], b"");
     assert!(part == one[5000..105_001]);
 
+    // A version is a disk for other programs as well.
+    let file = host.home.join("one.raw");
+    host.command(&["export", "blob:team/disk@1", &file.to_string_lossy()])?;
+    assert!(std::fs::read(&file)? == one);
+
     text(&host, &["tag", "team/disk", "gold", "1"], b"");
     assert_eq!(text(&host, &["clone", "team/disk@gold", "copy", "other"], b""), "copy\nother");
     text(&host, &["write", "copy", "--offset", "100"], b"mine");

@@ -43,13 +43,21 @@ impl Scene {
         Ok(Self { host: host(name) })
     }
 
-    /// Leaves `bytes` of room in the home.
+    /// Leaves `bytes` of room in the home. What is in use may grow between the look and the limit, which is refused
+    /// then: guests and commits go on meanwhile.
     fn room(&self, bytes: u64) -> Outcome {
-        let stat = rustix::fs::statvfs(&self.host.home)?;
-        let used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize;
-        // A size of zero would be no bound at all.
-        let size = (used + bytes).max(4096);
-        tool("mount", &["-o", &format!("remount,size={size}"), &self.host.home.display().to_string()])
+        let mut tries = 0;
+        loop {
+            let stat = rustix::fs::statvfs(&self.host.home)?;
+            let used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize;
+            // A size of zero would be no bound at all.
+            let size = (used + bytes).max(4096);
+            match tool("mount", &["-o", &format!("remount,size={size}"), &self.host.home.display().to_string()]) {
+                Err(_) if tries < 100 => tries += 1,
+                done => return done,
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn fails(&self, words: &[&str], parts: &[&str]) {

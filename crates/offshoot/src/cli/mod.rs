@@ -474,7 +474,7 @@ enum BlobCommand {
 enum NbdCommand {
     /// Serve a disk on a unix socket, and print the socket and a URI for NBD clients
     Serve {
-        /// An image, a snapshot as in web@1, or a kept scratch disk as in scratch:NAME
+        /// An image, a snapshot as in web@1, a blob as in blob:NAME@2, or a kept scratch disk as in scratch:NAME
         source: String,
         /// Serve a scratch disk over it, which may be written
         #[arg(short, long)]
@@ -504,7 +504,7 @@ enum NbdCommand {
 
 #[derive(Args)]
 struct ExportArgs {
-    /// An image, a snapshot as in web@1, or a scratch disk as in scratch:NAME
+    /// An image, a snapshot as in web@1, a blob as in blob:NAME@2, or a scratch disk as in scratch:NAME
     source: String,
     /// File to write; - is the standard output, raw
     file: PathBuf,
