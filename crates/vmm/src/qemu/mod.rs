@@ -269,11 +269,11 @@ impl Qemu {
             lap(&mut parts[3]);
             Ok(frozen)
         })();
-        let went_on = self.qmp.execute("cont", json!({}));
+        let went_on = self.go_on();
         lap(&mut parts[4]);
         let pause = began.elapsed();
         let ram = match (taken, went_on) {
-            (Ok(ram), Ok(_)) => ram,
+            (Ok(ram), Ok(())) => ram,
             (Ok(ram), Err(error)) => {
                 let _ = self.resident.release(ram.holder);
                 return Err(error.into());
@@ -290,6 +290,24 @@ impl Qemu {
             .expect("the reading thread does not panic")
             .map_err(|e| Error::io("read the device state of", &self.files.dir)(e))?;
         Ok(Freeze { device_state, ram, pause, parts })
+    }
+
+    /// Lets the machine go on after its device state was saved. QEMU says that it is saved a moment before it takes
+    /// the machine for one that may go on (`migration_iteration_finish`, migration/migration.c).
+    fn go_on(&mut self) -> Result<(), Error> {
+        let (end, mut refusals) = (Instant::now() + LIMIT, 0);
+        loop {
+            match self.set_paused(false) {
+                Err(Error::Refused { .. }) if Instant::now() < end && refusals < 3 => {
+                    // It may have got there between the two questions: then it is asked once more.
+                    if self.status()? != "finish-migrate" {
+                        refusals += 1;
+                    }
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                done => return done,
+            }
+        }
     }
 
     fn migrate_out(&mut self) -> Result<(), Error> {
