@@ -1,0 +1,404 @@
+//! The planner.
+//!
+//! Under `auto` a fault says one of two things. The page is in the plan and not here: the guest is ahead of the plan,
+//! so what followed that page in earlier recordings is wanted next. Or the page is not in the plan: what follows it in
+//! color space is wanted. Both go ahead of the rest of the plan, which streams whenever the link has room. Windows
+//! grow where what they brought is used and shrink where it is not; a plan that proves wrong is dropped.
+
+use super::policy::{Eager, Policy};
+use super::profile::Profile;
+use super::space::Space;
+use super::window::Window;
+use super::{Page, Windows};
+use base::Bitmap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Colors that a plan can tell apart.
+pub const COLORS: usize = 16;
+/// Pages that wait to be asked for because of faults; older ones fall out, they have missed their time.
+const REACTIVE_MAX: usize = 4096;
+/// Pages behind a fault in plan order, at first.
+const PLAN_WINDOW: u32 = 64;
+/// A plan of which less than this part is used is dropped.
+const PLAN_WRONG: f32 = 0.2;
+/// Judged over at least so many pages.
+const PLAN_JUDGED: u64 = 1024;
+
+/// What a color means for fetching ahead.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Traits {
+    /// Pages that a fault of this color brings at first.
+    pub window: u32,
+    /// Whether the pages are executed: which of the two windows of Kaleidoscope counts.
+    pub executable: bool,
+    /// Part of the color that an offshoot touches, where no recording says better.
+    pub prior: f32,
+}
+
+/// What is known of a template's memory.
+#[derive(Clone, Debug)]
+pub struct Template {
+    /// Color space; all pages of one color where colors are not known.
+    pub space: Space,
+    /// By color.
+    pub traits: [Traits; COLORS],
+    /// Pages that have content to fetch: neither zero nor free.
+    pub stored: Bitmap,
+    /// What earlier offshoots touched.
+    pub profile: Profile,
+}
+
+/// Where a page stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Away,
+    /// Waits to be asked for because of a fault.
+    Wanted,
+    /// Asked for ahead, by the class named.
+    Ahead(Class),
+    /// A fault brought it, or it was used.
+    Touched,
+}
+
+/// Which reason brought a page: a color's window, or the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    Color(u8),
+    Plan,
+}
+
+/// What prefetch did, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Faults on pages that nobody had asked for.
+    pub faults: u64,
+    /// Pages asked for ahead.
+    pub prefetched: u64,
+    /// Of these, touched later.
+    pub used: u64,
+}
+
+/// Decides what to fetch next for the offshoots of one template on one node.
+pub struct Planner {
+    template: Arc<Template>,
+    policy: Policy,
+    states: Vec<State>,
+    /// What faults call for, with the reason.
+    reactive: VecDeque<(Page, Class)>,
+    /// What is fetched anyhow, in order, and how far that has come.
+    plan: Vec<Page>,
+    cursor: usize,
+    /// A page's place in the plan; `u32::MAX` where it is in none.
+    places: Vec<u32>,
+    /// Pages of the plan to be here before the guest runs.
+    first: usize,
+    windows: [Window; COLORS],
+    plan_window: Window,
+    /// Faults by segment, for Twinkle.
+    segments: HashMap<u32, u32>,
+    tallies: [Tally; COLORS],
+}
+
+impl Planner {
+    /// A planner for offshoots of which none has started.
+    #[must_use]
+    pub fn new(template: Arc<Template>, policy: Policy, eager: Eager) -> Self {
+        let (plan, first) = plan(&template, &policy, eager);
+        let pages = template.stored.len() as usize;
+        let mut places = vec![u32::MAX; pages];
+        for (place, &page) in plan.iter().enumerate() {
+            places[page as usize] = place as u32;
+        }
+        let windows = std::array::from_fn(|color| Window::new(window(&policy, &template.traits[color])));
+        Self {
+            template,
+            policy,
+            states: vec![State::Away; pages],
+            reactive: VecDeque::new(),
+            plan,
+            cursor: 0,
+            places,
+            first,
+            windows,
+            plan_window: Window::new(PLAN_WINDOW),
+            segments: HashMap::new(),
+            tallies: [Tally::default(); COLORS],
+        }
+    }
+
+    /// Pages that are to be here before the guest runs: so many of the first that [`Planner::next`] gives.
+    #[must_use]
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// The guest touched `page`, and it had to be fetched. A page that was asked for ahead and had not arrived counts
+    /// as used: it was the right one.
+    pub fn fault(&mut self, page: Page) {
+        let Some(&state) = self.states.get(page as usize) else { return };
+        match state {
+            State::Touched => return,
+            State::Ahead(_) => self.used(page),
+            State::Away | State::Wanted => {
+                self.tallies[self.color(page)].faults += 1;
+                self.states[page as usize] = State::Touched;
+            }
+        }
+        match self.policy {
+            Policy::None | Policy::All | Policy::Replay | Policy::Intersect => {}
+            Policy::Readahead(pages) => {
+                let ahead: Vec<Page> = (page.saturating_add(1)..=page.saturating_add(pages)).collect();
+                self.want(ahead, Class::Color(0));
+            }
+            Policy::Twinkle { pages, faults } => self.count_segment(page, pages, faults),
+            Policy::Color(_) => self.want_color(page),
+            Policy::Auto => self.want_best(page),
+        }
+    }
+
+    /// The guest touched `page`, which prefetch had brought.
+    pub fn used(&mut self, page: Page) {
+        let Some(&State::Ahead(class)) = self.states.get(page as usize) else { return };
+        self.states[page as usize] = State::Touched;
+        self.tallies[self.color(page)].used += 1;
+        self.window(class).used();
+    }
+
+    /// Looks at what was used since it last did: to be called a few times a second, after [`Planner::used`] has been
+    /// told what was touched.
+    pub fn judge(&mut self) {
+        if self.policy != Policy::Auto {
+            return;
+        }
+        for window in &mut self.windows {
+            window.judge();
+        }
+        self.plan_window.judge();
+    }
+
+    /// Writes up to `most` pages to fetch next into `out`, the most wanted first. None: nothing is wanted for now.
+    pub fn next(&mut self, most: usize, out: &mut Vec<Page>) {
+        let until = out.len() + most;
+        while out.len() < until {
+            let Some((page, class)) = self.reactive.pop_front() else { break };
+            if self.states[page as usize] == State::Wanted {
+                self.ask(page, class, out);
+            }
+        }
+        while out.len() < until && self.cursor < self.plan.len() {
+            let page = self.plan[self.cursor];
+            self.cursor += 1;
+            if matches!(self.states[page as usize], State::Away | State::Wanted) {
+                self.ask(page, Class::Plan, out);
+            }
+            self.drop_wrong_plan();
+        }
+    }
+
+    /// A page that was asked for could not be brought, or the host dropped it again.
+    pub fn lost(&mut self, page: Page) {
+        if let Some(state @ State::Ahead(_)) = self.states.get_mut(page as usize) {
+            *state = State::Away;
+        }
+    }
+
+    /// Whether nothing is left to be fetched ahead until another fault comes.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.reactive.is_empty() && self.cursor >= self.plan.len()
+    }
+
+    /// By color.
+    #[must_use]
+    pub fn tallies(&self) -> &[Tally; COLORS] {
+        &self.tallies
+    }
+
+    /// The pages asked for ahead and not touched so far: what a scan of the guest's page tables has to look at.
+    pub fn unused(&self) -> impl Iterator<Item = Page> + '_ {
+        let ahead = |state: &State| matches!(state, State::Ahead(_));
+        self.states.iter().enumerate().filter(move |(_, state)| ahead(state)).map(|(page, _)| page as Page)
+    }
+
+    fn color(&self, page: Page) -> usize {
+        usize::from(self.template.space.color(page)) % COLORS
+    }
+
+    fn window(&mut self, class: Class) -> &mut Window {
+        match class {
+            Class::Plan => &mut self.plan_window,
+            Class::Color(color) => &mut self.windows[usize::from(color) % COLORS],
+        }
+    }
+
+    fn ask(&mut self, page: Page, class: Class, out: &mut Vec<Page>) {
+        self.states[page as usize] = State::Ahead(class);
+        self.tallies[self.color(page)].prefetched += 1;
+        self.window(class).asked(1);
+        out.push(page);
+    }
+
+    /// Puts pages that are away in front of the plan.
+    fn want(&mut self, pages: Vec<Page>, class: Class) {
+        for page in pages {
+            let stored = u64::from(page) < self.template.stored.len() && self.template.stored.get(page.into());
+            if !stored || self.states[page as usize] != State::Away {
+                continue;
+            }
+            if self.reactive.len() == REACTIVE_MAX
+                && let Some((oldest, _)) = self.reactive.pop_front()
+                && self.states[oldest as usize] == State::Wanted
+            {
+                self.states[oldest as usize] = State::Away;
+            }
+            self.states[page as usize] = State::Wanted;
+            self.reactive.push_back((page, class));
+        }
+    }
+
+    fn want_color(&mut self, page: Page) {
+        let color = self.color(page);
+        let pages = self.windows[color].pages as usize;
+        let ahead: Vec<Page> = self.template.space.after(page).take(pages).collect();
+        self.want(ahead, Class::Color(color as u8));
+    }
+
+    fn want_best(&mut self, page: Page) {
+        let place = self.places[page as usize] as usize;
+        if place < self.plan.len() {
+            let pages = self.plan_window.pages as usize;
+            let ahead: Vec<Page> = self.plan[place + 1..].iter().take(pages).copied().collect();
+            self.want(ahead, Class::Plan);
+            return;
+        }
+        let class = Class::Color(self.color(page) as u8);
+        let before = self.template.space.before(page);
+        let outran = |state: State| state == State::Ahead(class) || state == State::Touched;
+        if before.is_some_and(|b| outran(self.states[b as usize])) {
+            self.window(class).outrun();
+        }
+        self.want_color(page);
+    }
+
+    fn count_segment(&mut self, page: Page, pages: u32, faults: u32) {
+        let segment = page / pages;
+        let count = self.segments.entry(segment).or_default();
+        *count += 1;
+        if *count == faults.saturating_add(1) {
+            let start = segment * pages;
+            self.want((start..start.saturating_add(pages)).collect(), Class::Color(0));
+        }
+    }
+
+    fn drop_wrong_plan(&mut self) {
+        let wrong = self.plan_window.asked_total >= PLAN_JUDGED
+            && self.plan_window.rate().is_some_and(|r| r < PLAN_WRONG)
+            && self.faults_beyond_plan();
+        if self.policy == Policy::Auto && wrong {
+            self.cursor = self.plan.len();
+        }
+    }
+
+    /// Whether the guest has shown by faults that it runs, and elsewhere: before it does, nothing can be used.
+    fn faults_beyond_plan(&self) -> bool {
+        let faults: u64 = self.tallies.iter().map(|t| t.faults).sum();
+        faults > self.plan_window.used_total
+    }
+}
+
+fn window(policy: &Policy, traits: &Traits) -> u32 {
+    match policy {
+        Policy::Color(Windows { executable, data }) => {
+            if traits.executable {
+                *executable
+            } else {
+                *data
+            }
+        }
+        _ => traits.window,
+    }
+}
+
+/// What is fetched anyhow, in order, and how many of it before the guest runs.
+fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize) {
+    let stored = |page: &Page| u64::from(*page) < template.stored.len() && template.stored.get((*page).into());
+    let recorded = |mask: u32| {
+        let mut found: Vec<_> = template.profile.entries().iter().filter(|e| e.recent & mask == mask).collect();
+        found.sort_by_key(|e| e.rank);
+        found.into_iter().map(|e| e.page).filter(stored).collect::<Vec<Page>>()
+    };
+    match policy {
+        Policy::None | Policy::Readahead(_) | Policy::Color(_) => (Vec::new(), 0),
+        Policy::All => (template.stored.iter().map(|page| page as Page).collect(), 0),
+        Policy::Twinkle { .. } => {
+            let set = recorded(1);
+            let first = set.len();
+            (set, first)
+        }
+        Policy::Replay => (recorded(1), 0),
+        Policy::Intersect if template.profile.recordings() < 2 => (recorded(1), 0),
+        Policy::Intersect => (recorded(0b11), 0),
+        Policy::Auto => (likely(template, eager), 0),
+    }
+}
+
+/// All pages at least as likely as the dial asks: those recorded, by how early they are touched, in steps in which the
+/// time doubles and by color space within (so that a layout in this order is read in large pieces); then those that
+/// only their color speaks for.
+fn likely(template: &Template, eager: Eager) -> Vec<Page> {
+    let stored = |page: Page| u64::from(page) < template.stored.len() && template.stored.get(page.into());
+    if eager.dial() == 0.0 {
+        return Vec::new();
+    }
+    let threshold = eager.threshold();
+    let profile = &template.profile;
+    let mut known: Vec<(u16, Page)> = profile
+        .entries()
+        .iter()
+        .filter(|e| stored(e.page) && profile.likelihood(e) >= threshold)
+        .map(|e| (e.early / 256, e.page))
+        .collect();
+    known.sort_unstable();
+    let mut out: Vec<Page> = known.into_iter().map(|(_, page)| page).collect();
+    let chances = chances(template);
+    let mut listed = vec![false; template.stored.len() as usize];
+    for &page in &out {
+        listed[page as usize] = true;
+    }
+    let mut rest: Vec<(u32, Page)> = Vec::new();
+    for &page in template.space.order() {
+        let chance = chances[usize::from(template.space.color(page)) % COLORS];
+        if stored(page) && !listed[page as usize] && (chance >= threshold || eager.dial() >= 1.0) {
+            rest.push(((1e6 * (1.0 - chance)) as u32, page));
+        }
+    }
+    rest.sort_by_key(|&(unlikely, _)| unlikely);
+    out.extend(rest.into_iter().map(|(_, page)| page));
+    out
+}
+
+/// By color: how likely an offshoot touches a page that no recording names. With recordings, how often the last one
+/// named a page that none before had; without, the color's prior.
+fn chances(template: &Template) -> [f32; COLORS] {
+    let (mut stored, mut known, mut fresh) = ([0_u64; COLORS], [0_u64; COLORS], [0_u64; COLORS]);
+    for page in template.stored.iter() {
+        stored[usize::from(template.space.color(page as Page)) % COLORS] += 1;
+    }
+    for entry in template.profile.entries() {
+        let color = usize::from(template.space.color(entry.page)) % COLORS;
+        let count = if entry.recent == 1 { &mut fresh } else { &mut known };
+        count[color] += 1;
+    }
+    let recordings = template.profile.recordings();
+    std::array::from_fn(|color| {
+        let silent = stored[color].saturating_sub(known[color]) as f32;
+        match recordings {
+            0 => template.traits[color].prior,
+            // Of a single recording all pages are new, which says nothing of the next.
+            1 => template.traits[color].prior * 0.25,
+            _ if silent == 0.0 => 0.0,
+            _ => fresh[color] as f32 / silent,
+        }
+    })
+}

@@ -1,0 +1,220 @@
+//! What earlier offshoots of a template touched: which pages, how often, how early.
+//!
+//! A recording is the list of pages that one offshoot touched, in order, until its working set settled. A profile
+//! keeps for each page which of the last 32 recordings touched it, so that one odd offshoot changes little and what
+//! is no longer touched is forgotten.
+
+use super::Page;
+use base::units::human;
+use std::collections::HashMap;
+use thiserror::Error;
+
+/// Recordings that a profile remembers: a bit of `Entry::recent` each.
+pub(super) const RECORDINGS: u32 = u32::BITS;
+const MAGIC: &[u8; 8] = b"OFFPROF1";
+/// Of a mean over recordings, the latest has at least this weight.
+const LATEST_WEIGHT: f32 = 0.125;
+/// Where the working set is said to have settled: doubling the time adds less than this part of it.
+const SETTLED: f32 = 0.1;
+/// The first tracking window tried, in milliseconds.
+const WINDOW_MS: u32 = 125;
+
+/// One page's first touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Touch {
+    /// Which page.
+    pub page: Page,
+    /// Milliseconds since the offshoot's first instruction.
+    pub ms: u32,
+}
+
+/// What is known of one page.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Entry {
+    pub(super) page: Page,
+    /// Bit 0: the last recording touched it; bit 1: the one before; and so on.
+    pub(super) recent: u32,
+    /// Mean of the binary logarithm of 1 + milliseconds, in 256ths.
+    pub(super) early: u16,
+    /// Its place in the last recording that touched it.
+    pub(super) rank: u32,
+}
+
+/// What offshoots of a template touch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// Recordings that count, at most 32.
+    recordings: u32,
+    /// Ascending by page.
+    entries: Vec<Entry>,
+}
+
+/// Why bytes are no profile.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ProfileError {
+    /// Not written by [`Profile::encode`], or by a later release.
+    #[error("not an access profile that this release knows")]
+    Unknown,
+    /// It ends early, goes on behind its end, or contradicts itself.
+    #[error("the access profile is damaged at byte {0}")]
+    Damaged(usize),
+}
+
+/// The time until which a working set is tracked, found as Twinkle does: the window is doubled until that adds less
+/// than a tenth. `touched_ms` ascends. `None`: it has not settled within what was seen.
+#[must_use]
+pub fn settled(touched_ms: &[u32], seen_ms: u32) -> Option<u32> {
+    let within = |ms: u32| touched_ms.partition_point(|&t| t < ms) as f32;
+    let mut window = WINDOW_MS;
+    while window.saturating_mul(2) <= seen_ms {
+        let (now, doubled) = (within(window), within(window * 2));
+        // An empty window says nothing: the guest may not have run yet.
+        if now > 0.0 && doubled - now < now * SETTLED {
+            return Some(window);
+        }
+        window = window.checked_mul(2)?;
+    }
+    None
+}
+
+impl Profile {
+    /// How many recordings it stands on.
+    #[must_use]
+    pub fn recordings(&self) -> u32 {
+        self.recordings
+    }
+
+    /// How many pages it knows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether it knows nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub(super) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// How likely the next offshoot touches the page of `entry`: Laplace's rule over the recordings kept, without the
+    /// doubt about a single one, since sets of offshoots overlap by nine tenths.
+    pub(super) fn likelihood(&self, entry: &Entry) -> f32 {
+        let seen = entry.recent.count_ones() as f32;
+        (seen + 0.25) / (self.recordings as f32 + 0.5)
+    }
+
+    /// Takes a recording in: the first touch of each page, in the order of time. Later touches of a page are ignored.
+    pub fn add(&mut self, recording: &[Touch]) {
+        let mut first: HashMap<Page, (u32, u32)> = HashMap::with_capacity(recording.len());
+        for (rank, touch) in recording.iter().enumerate() {
+            first.entry(touch.page).or_insert((rank as u32, touch.ms));
+        }
+        self.recordings = (self.recordings + 1).min(RECORDINGS);
+        for entry in &mut self.entries {
+            entry.recent <<= 1;
+            let Some((rank, ms)) = first.remove(&entry.page) else { continue };
+            let weight = (1.0 / (entry.recent.count_ones() as f32 + 1.0)).max(LATEST_WEIGHT);
+            let mean = f32::from(entry.early) * (1.0 - weight) + f32::from(log_time(ms)) * weight;
+            *entry = Entry { recent: entry.recent | 1, early: mean as u16, rank, ..*entry };
+        }
+        self.entries.retain(|e| e.recent != 0);
+        self.entries.extend(first.into_iter().map(|(page, (rank, ms))| Entry {
+            page,
+            recent: 1,
+            early: log_time(ms),
+            rank,
+        }));
+        self.entries.sort_unstable_by_key(|e| e.page);
+    }
+
+    /// Bytes to keep with the snapshot: magic, recordings and entries as LEB128, pages as differences.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        put(&mut out, self.recordings);
+        put(&mut out, self.entries.len() as u32);
+        let mut next = 0;
+        for entry in &self.entries {
+            put(&mut out, entry.page - next);
+            put(&mut out, entry.recent);
+            put(&mut out, u32::from(entry.early));
+            put(&mut out, entry.rank);
+            next = entry.page.saturating_add(1);
+        }
+        out
+    }
+
+    /// Reads what [`Profile::encode`] wrote.
+    ///
+    /// # Errors
+    /// The bytes are something else, or damaged.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ProfileError> {
+        if !bytes.starts_with(MAGIC) {
+            return Err(ProfileError::Unknown);
+        }
+        let mut at = MAGIC.len();
+        let recordings = take(bytes, &mut at)?;
+        let count = take(bytes, &mut at)?;
+        if recordings > RECORDINGS || count as usize > bytes.len() / 4 {
+            return Err(ProfileError::Damaged(at));
+        }
+        let mut entries = Vec::with_capacity(count as usize);
+        let mut next = Some(0_u32);
+        for _ in 0..count {
+            let began = at;
+            let damaged = ProfileError::Damaged(began);
+            let gap = take(bytes, &mut at)?;
+            let page = next.and_then(|n| n.checked_add(gap)).ok_or(damaged.clone())?;
+            let recent = take(bytes, &mut at)?;
+            let early = take(bytes, &mut at)?.try_into().map_err(|_| damaged.clone())?;
+            let rank = take(bytes, &mut at)?;
+            let known = if recordings == RECORDINGS { u32::MAX } else { (1 << recordings) - 1 };
+            if recent == 0 || recent & !known != 0 {
+                return Err(damaged);
+            }
+            entries.push(Entry { page, recent, early, rank });
+            next = page.checked_add(1);
+        }
+        if at == bytes.len() { Ok(Self { recordings, entries }) } else { Err(ProfileError::Damaged(at)) }
+    }
+
+    /// One line for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let often = self.entries.iter().filter(|e| self.likelihood(e) >= 0.5).count() as u64;
+        let (pages, times) = (self.entries.len() as u64, self.recordings);
+        let (all, often) = (human(pages * base::PAGE), human(often * base::PAGE));
+        format!("{all} touched in {times} recordings, {often} of it in half of them or more")
+    }
+}
+
+/// 256 times the binary logarithm of 1 + `ms`.
+fn log_time(ms: u32) -> u16 {
+    ((f64::from(ms) + 1.0).log2() * 256.0) as u16
+}
+
+fn put(out: &mut Vec<u8>, mut value: u32) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn take(bytes: &[u8], at: &mut usize) -> Result<u32, ProfileError> {
+    let began = *at;
+    let mut value = 0_u64;
+    for shift in (0..35).step_by(7) {
+        let byte = *bytes.get(*at).ok_or(ProfileError::Damaged(began))?;
+        *at += 1;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return u32::try_from(value).map_err(|_| ProfileError::Damaged(began));
+        }
+    }
+    Err(ProfileError::Damaged(began))
+}

@@ -1,0 +1,270 @@
+use super::*;
+use base::Bitmap;
+use proptest::prelude::*;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+const CODE: u8 = 1;
+const DATA: u8 = 2;
+
+/// `pages` pages, all stored; odd ones are data, even ones code.
+fn template(pages: u32, profile: Profile) -> Arc<Template> {
+    let mut stored = Bitmap::new(pages.into());
+    stored.set_range(0, pages.into());
+    let space = Space::new((0..pages).map(|p| if p % 2 == 0 { CODE } else { DATA }).collect(), |_| (0, 0));
+    let mut traits = [Traits { window: 8, executable: false, prior: 0.1 }; COLORS];
+    traits[usize::from(CODE)] = Traits { window: 2, executable: true, prior: 0.4 };
+    Arc::new(Template { space, traits, stored, profile })
+}
+
+fn recording(pages: impl IntoIterator<Item = u32>) -> Vec<Touch> {
+    pages.into_iter().enumerate().map(|(i, page)| Touch { page, ms: i as u32 }).collect()
+}
+
+fn profile(recordings: &[&[u32]]) -> Profile {
+    let mut out = Profile::default();
+    for pages in recordings {
+        out.add(&recording(pages.iter().copied()));
+    }
+    out
+}
+
+fn planner(policy: &str, template: Arc<Template>) -> Planner {
+    Planner::new(template, policy.parse().unwrap(), Eager::default())
+}
+
+fn next(planner: &mut Planner, most: usize) -> Vec<Page> {
+    let mut out = Vec::new();
+    planner.next(most, &mut out);
+    out
+}
+
+#[test]
+fn policies_read_as_they_are_written() {
+    for text in ["none", "all", "replay", "intersect", "auto", "readahead:8", "twinkle:32,2", "color:4,16"] {
+        assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
+    }
+    assert_eq!("color".parse(), Ok(Policy::Color(Windows { executable: 4, data: 16 })));
+    for text in ["", "nonsense", "readahead", "readahead:0", "readahead:x", "auto:3", "twinkle:1", "color:1,2,3"] {
+        assert!(text.parse::<Policy>().is_err(), "{text} must be refused");
+    }
+    for text in ["-0.1", "1.1", "x", "nan"] {
+        assert!(text.parse::<Eager>().is_err(), "{text} must be refused");
+    }
+}
+
+#[test]
+fn each_policy_asks_for_its_own_pages() {
+    let seen = profile(&[&[9, 4, 2], &[4, 9, 7]]);
+    // Policy, fault, what is asked for then.
+    let cases: &[(&str, u32, &[u32])] = &[
+        ("none", 4, &[]),
+        ("readahead:3", 4, &[5, 6, 7]),
+        ("readahead:3", 18, &[19]),
+        ("all", 0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]),
+        ("replay", 4, &[9, 7]),
+        ("intersect", 7, &[4, 9]),
+        ("color:1,3", 4, &[6]),
+        ("color:1,3", 5, &[7, 9, 11]),
+        ("color:1,3", 17, &[19]),
+    ];
+    for (policy, fault, wanted) in cases {
+        let mut planner = planner(policy, template(20, seen.clone()));
+        planner.fault(*fault);
+        assert_eq!(next(&mut planner, 100), *wanted, "{policy} after a fault on {fault}");
+        assert_eq!(next(&mut planner, 100), [], "{policy} asks once");
+        assert!(planner.is_idle());
+    }
+}
+
+#[test]
+fn twinkle_brings_the_working_set_first_and_then_segments() {
+    let mut planner = planner("twinkle:8,2", template(64, profile(&[&[40, 3, 41]])));
+    assert_eq!(planner.first(), 3);
+    assert_eq!(next(&mut planner, 3), [40, 3, 41]);
+    for page in [16, 17] {
+        planner.fault(page);
+        assert_eq!(next(&mut planner, 100), []);
+    }
+    planner.fault(23);
+    assert_eq!(next(&mut planner, 100), [18, 19, 20, 21, 22], "the third fault of its segment");
+}
+
+#[test]
+fn auto_follows_the_plan_from_where_the_guest_is() {
+    let pages: Vec<u32> = (100..400).collect();
+    let mut planner = planner("auto", template(1000, profile(&[&pages, &pages])));
+    planner.fault(300);
+    let asked = next(&mut planner, 100);
+    assert_eq!(asked[..64], (301..365).collect::<Vec<_>>(), "what follows in the plan goes first");
+    assert_eq!(asked[64..], (100..136).collect::<Vec<_>>(), "then the plan from its start");
+    assert!(asked.iter().all(|p| pages.contains(p)), "nothing that was never touched");
+}
+
+#[test]
+fn auto_takes_colors_where_the_plan_is_silent_and_adapts() {
+    let mut planner = planner("auto", template(4000, Profile::default()));
+    planner.fault(1);
+    assert_eq!(next(&mut planner, 100), [3, 5, 7, 9, 11, 13, 15, 17], "a window of its color");
+    // The guest walks on through all data pages: the window must come to cover more at each fault.
+    let (mut faults, mut here) = (0, HashSet::from([1, 3, 5, 7, 9, 11, 13, 15, 17]));
+    for page in (3..2000).step_by(2) {
+        if here.insert(page) {
+            faults += 1;
+            planner.fault(page);
+        } else {
+            planner.used(page);
+        }
+        here.extend(next(&mut planner, 1000));
+        planner.judge();
+    }
+    assert!(faults < 20, "{faults} faults on 1000 pages in order");
+    // Now it jumps: what the windows bring is wasted, and they must shrink.
+    let before: u64 = planner.tallies().iter().map(|t| t.prefetched).sum();
+    for page in (2001..4000).step_by(66) {
+        planner.fault(page);
+        next(&mut planner, 1000);
+        planner.judge();
+    }
+    let brought = planner.tallies().iter().map(|t| t.prefetched).sum::<u64>() - before;
+    assert!(brought < 31 * 40, "{brought} pages brought for 31 faults without neighbours");
+}
+
+#[test]
+fn a_plan_that_proves_wrong_is_dropped() {
+    let pages: Vec<u32> = (0..8000).collect();
+    let mut planner = planner("auto", template(20_000, profile(&[&pages])));
+    let mut asked = 0;
+    for fault in (8001..20_000).step_by(3) {
+        planner.fault(fault);
+        asked += next(&mut planner, 16).iter().filter(|p| **p < 8000).count();
+    }
+    assert!((1024..2000).contains(&asked), "{asked} pages of a wrong plan were fetched");
+}
+
+#[test]
+fn the_dial_goes_from_nothing_to_everything() {
+    let seen = profile(&[&[1, 2, 3], &[1, 2], &[1]]);
+    let asked = |dial: f32| {
+        let mut planner = Planner::new(template(50, seen.clone()), Policy::Auto, Eager::new(dial).unwrap());
+        next(&mut planner, 1000)
+    };
+    assert_eq!(asked(0.0), []);
+    assert_eq!(asked(0.1), [1]);
+    assert_eq!(asked(0.5), [1, 2]);
+    let mut last = 0;
+    for step in 0..=10_u8 {
+        let now = asked(f32::from(step) / 10.0).len();
+        assert!(now >= last, "more eager brings less at {step}");
+        last = now;
+    }
+    let mut all = asked(1.0);
+    all.sort_unstable();
+    assert_eq!(all, (0..50).collect::<Vec<_>>());
+}
+
+#[test]
+fn only_pages_with_content_are_asked_for() {
+    for policy in ["all", "replay", "readahead:50", "color:50,50", "auto", "twinkle:50,1"] {
+        let mut holey = (*template(50, profile(&[&(0..50).collect::<Vec<_>>()]))).clone();
+        holey.stored = Bitmap::new(50);
+        holey.stored.set_range(10, 20);
+        let mut planner = planner(policy, Arc::new(holey));
+        for page in [0, 1, 2] {
+            planner.fault(page);
+        }
+        assert!(next(&mut planner, 1000).iter().all(|p| (10..20).contains(p)), "{policy}");
+    }
+}
+
+#[test]
+fn profiles_remember_and_forget() {
+    let mut profile = profile(&[&[5, 6]]);
+    for _ in 0..31 {
+        profile.add(&recording([6, 7]));
+    }
+    assert_eq!((profile.recordings(), profile.len()), (32, 3));
+    profile.add(&recording([6, 7]));
+    assert_eq!((profile.recordings(), profile.len()), (32, 2), "page 5 was not touched in 32 recordings");
+}
+
+#[test]
+fn a_working_set_settles_where_doubling_the_time_adds_little() {
+    let burst: Vec<u32> = (0..1000).map(|i| i / 2).chain((0..10).map(|i| 600 + i * 100)).collect();
+    assert_eq!(settled(&burst, 4000), Some(500));
+    assert_eq!(settled(&burst, 700), None, "not seen for long enough");
+    let growing: Vec<u32> = (0..10_000).collect();
+    assert_eq!(settled(&growing, 10_000), None);
+    assert_eq!(settled(&[], 100_000), None);
+    assert_eq!(settled(&[u32::MAX], u32::MAX), None);
+}
+
+#[test]
+fn pace_fills_the_link_and_gives_way() {
+    let ms = Duration::from_millis;
+    let mut pace = Pace::default();
+    // A link of 125 MB a second, 20 ms away, that serves one piece after another: 2.5 MB fill it.
+    let (piece, serial) = (64_u64 << 10, Duration::from_secs_f64(65536.0 / 125e6));
+    let (mut now, mut free_at, mut sent) = (Duration::ZERO, Duration::ZERO, 0_u64);
+    let mut flying: std::collections::VecDeque<(Duration, Duration)> = std::collections::VecDeque::new();
+    while now < Duration::from_secs(9) {
+        while (flying.len() as u64 + 1) * piece <= pace.allowed() {
+            free_at = free_at.max(now) + serial;
+            flying.push_back((now, free_at + ms(20)));
+        }
+        let (asked, came) = flying.pop_front().unwrap();
+        now = came;
+        sent += piece;
+        pace.arrived(now, now - asked, piece);
+    }
+    let used = sent as f64 / (9.0 * 125e6);
+    assert!(used > 0.9, "{used} of the link was used");
+    let allowed = pace.allowed() as f64 / 2.5e6;
+    assert!((1.0..2.5).contains(&allowed), "{allowed} times what fills the link is under way");
+    pace.demand(ms(20));
+    let before = pace.allowed();
+    pace.demand(ms(80));
+    assert!(pace.allowed() <= before / 2 + 1, "demand suffers, and prefetch goes on as before");
+}
+
+proptest! {
+    #[test]
+    fn profiles_come_back_as_they_were_written(recordings in prop::collection::vec(prop::collection::vec(0_u32..5000, 0..200), 0..40)) {
+        let mut profile = Profile::default();
+        for pages in &recordings {
+            profile.add(&recording(pages.iter().copied()));
+        }
+        prop_assert_eq!(Profile::decode(&profile.encode()), Ok(profile));
+    }
+
+    #[test]
+    fn no_bytes_make_a_profile_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..400), headed: bool) {
+        if headed {
+            bytes.splice(0..0, *b"OFFPROF1");
+        }
+        if let Ok(profile) = Profile::decode(&bytes) {
+            let mut planner = planner("auto", template(100, profile.clone()));
+            prop_assert!(next(&mut planner, 1000).iter().all(|p| *p < 100));
+            prop_assert_eq!(Profile::decode(&profile.encode()), Ok(profile));
+        }
+    }
+
+    #[test]
+    fn no_page_is_asked_for_twice(faults in prop::collection::vec(0_u32..600, 0..400), policy in 0_usize..8) {
+        let policy = ["none", "readahead:7", "all", "twinkle:16,2", "replay", "intersect", "color", "auto"][policy];
+        let seen: Vec<u32> = (0..500).step_by(3).collect();
+        let mut planner = planner(policy, template(500, profile(&[&seen, &seen[20..]])));
+        let mut asked = HashSet::new();
+        for (i, fault) in faults.iter().enumerate() {
+            planner.fault(*fault);
+            planner.used(fault.wrapping_mul(7) % 500);
+            for page in next(&mut planner, i % 5) {
+                prop_assert!(asked.insert(page), "page {} twice under {}", page, policy);
+            }
+            if i % 10 == 0 {
+                planner.judge();
+            }
+        }
+    }
+}
