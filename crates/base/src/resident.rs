@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | `hello` | `ok version=1 pid= ram=<hex> size= mapped=<0 or 1> holders=<pid,pid…>` | says where RAM lies (0 before the hypervisor has mapped it), and whether a RAM map was installed |
 //! | `map <path>` | `ok extents=` | installs the RAM map in file `<path>` over the placeholder (once, before the guest runs); all or nothing |
+//! | `watch` | `ok` | optional, before the guest runs: from now on a page of RAM is mapped when it is touched, and not because its neighbour was, so that `/proc/PID/pagemap` tells what the guest touches |
 //! | `prepare` | `ok` | optional, while the guest runs: takes work out of the next freeze's pause (marks pages before the first freeze, collects what was written before later ones) |
 //! | `freeze` | `ok holder=<pid> start=<clock ticks> ram=<hex> tracked=<0 or 1> written=<n> zeroed=<m> ranges=<n+m> fork_us= scan_us=` then ranges | fork-hold of the stopped VM, and what was written and discarded since the last freeze |
 //! | `freeze all` | as `freeze`, with `tracked=0` | the same, when what earlier freezes reported was lost (a daemon died before it published a snapshot) |

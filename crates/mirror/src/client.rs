@@ -4,7 +4,8 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, ViewChanges,
+    ExportSpec, Foresee, Hello, Listing, OverlaySpec, Queued, RamSpec, Recording, Removed, Reply, Request, Stats,
+    ViewChanges,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -194,6 +195,22 @@ impl Client {
     pub fn prefetch(&mut self, object: u64, ranges: &[ByteRange], vm: Option<&str>) -> Answer<Queued> {
         let ranges = ranges.iter().map(|r| (r.start, r.end)).collect();
         self.call(&Request::Prefetch { object, ranges, vm: vm.map(str::to_owned) })
+    }
+
+    /// Fetches RAM ahead of a registered VM, records what it touches, or both.
+    ///
+    /// # Errors
+    /// It is not registered, or what is named cannot be read.
+    pub fn foresee(&mut self, spec: Foresee) -> Answer<()> {
+        self.call(&Request::Foresee(spec))
+    }
+
+    /// What `vm` has touched so far; with `end`, nothing more is recorded.
+    ///
+    /// # Errors
+    /// It is not recorded: the mirror may be another one now.
+    pub fn recording(&mut self, vm: &str, end: bool) -> Answer<Recording> {
+        self.call(&Request::Recording { vm: vm.to_owned(), end })
     }
 
     /// Ends the mirror, and unmounts if asked; VMs that still run wait for the next mirror otherwise.

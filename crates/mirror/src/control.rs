@@ -99,8 +99,57 @@ pub enum ExportSource {
     },
 }
 
+/// What to do for a VM's RAM beyond answering its faults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Foresee {
+    /// The VM, registered.
+    pub vm: String,
+    /// The RAM file that equals the RAM it started with: VMs that name the same one share their prefetch.
+    pub ram: u64,
+    /// The map it started with: `base::RamMap` in text.
+    pub map: String,
+    /// Address of its RAM in its process.
+    pub address: u64,
+    /// File with what is known of its template, as `guest::plan::Template` encodes it; none: nothing is fetched.
+    pub template: Option<PathBuf>,
+    /// As `guest::plan::Policy` writes it.
+    pub policy: String,
+    /// From 0 to 1.
+    pub eager: f32,
+    /// Whether to record what it touches.
+    pub record: bool,
+}
+
+/// What a VM touched.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recording {
+    /// Pages in the order of their first touch, each with milliseconds since its start.
+    pub touches: Vec<(u32, u32)>,
+    /// When its working set had settled, in milliseconds; none: not yet.
+    pub settled_ms: Option<u32>,
+    /// For how long it has been looked at.
+    pub seen_ms: u32,
+}
+
+/// What is fetched ahead for the VMs of one template.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamStats {
+    /// The RAM file that they started from.
+    pub ram: u64,
+    /// Bytes brought.
+    pub fetched_bytes: u64,
+    /// Bytes asked for and not here.
+    pub flying_bytes: u64,
+    /// Runs of pages that could not be had.
+    pub failed: u64,
+    /// Whether nothing is wanted now.
+    pub idle: bool,
+    /// By color: pages that a guest waited for, pages asked for ahead, and of these those touched.
+    pub by_color: std::collections::BTreeMap<u8, (u64, u64, u64)>,
+}
+
 /// A request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 #[expect(missing_docs, reason = "fields are named as in the structures above and documented at the client's methods")]
 pub enum Request {
@@ -144,6 +193,10 @@ pub enum Request {
         #[serde(default)]
         vm: Option<String>,
     },
+    /// Fetches RAM ahead of a VM that is registered, records what it touches, or both.
+    Foresee(Foresee),
+    /// What a VM has touched so far; with `end`, nothing more is recorded. Answer: [`Recording`].
+    Recording { vm: String, end: bool },
     /// Passes the FUSE descriptor.
     FuseFd,
     /// Ends the mirror; VMs wait for the next one, unless it is to unmount.
@@ -263,6 +316,9 @@ pub struct Stats {
     pub problems: Vec<Problem>,
     /// Prefetch requests not yet done.
     pub prefetch_queued: u64,
+    /// What is fetched ahead by plan.
+    #[serde(default)]
+    pub streams: Vec<StreamStats>,
     /// Worker threads now.
     pub threads: u64,
 }

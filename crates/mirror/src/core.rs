@@ -1,6 +1,7 @@
 //! What all threads of a mirror share.
 
 use crate::control::{Problem, Stats};
+use crate::foresight::Foresight;
 use crate::front::name_of;
 use crate::front::nbd::Exports;
 use crate::front::session::Session;
@@ -31,6 +32,7 @@ pub(crate) struct Core {
     pub(crate) vms: Vms,
     pub(crate) demand: Demand,
     pub(crate) prefetch: Prefetch,
+    pub(crate) foresight: Foresight,
     pub(crate) waiting: WaitingRoom,
     pub(crate) problems: Problems,
     pub(crate) crew: Crew,
@@ -138,6 +140,7 @@ impl Core {
             waiting,
             problems: self.problems.list(),
             prefetch_queued: self.prefetch.len(),
+            streams: self.foresight.stats(),
             threads: self.crew.total.load(Ordering::Acquire) as u64,
         }
     }

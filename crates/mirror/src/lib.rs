@@ -17,12 +17,13 @@
 //! **It never waits for itself**: it never opens a file of its own mount, and of other processes it reads only
 //! holders' memory, only pages that the holder owns itself.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod client;
 pub mod control;
 mod core;
 mod disk;
+mod foresight;
 mod front;
 mod home;
 pub mod nbd;
@@ -165,6 +166,7 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         vms: stats::Vms::default(),
         demand: queue::Demand::default(),
         prefetch: queue::Prefetch::default(),
+        foresight: foresight::Foresight::default(),
         waiting: front::waiting::WaitingRoom::default(),
         problems: Problems::default(),
         crew: workers::Crew::default(),
@@ -192,6 +194,7 @@ fn start_helpers(core: &Arc<Core>) -> io::Result<()> {
     })?;
     let pool = core.objects.pool.clone();
     spawn("mirror-layers", move || pool.work())?;
+    foresight::start(core, spawn)?;
     let ahead = core.clone();
     spawn("mirror-prefetch", move || {
         // Linux gives each thread its own niceness.

@@ -38,7 +38,7 @@ impl Demand {
     }
 
     /// Waits until no request is being answered, but not for ever.
-    fn give_way(&self) {
+    pub(crate) fn give_way(&self) {
         if self.now.load(Ordering::Acquire) == 0 {
             return;
         }

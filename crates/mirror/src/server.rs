@@ -133,11 +133,14 @@ impl Server {
                 send(stream, &reply(self.keep_registered()))
             }
             Request::UnregisterVm { vm } => {
+                core.foresight.forget(core, &vm);
                 core.vms.unregister(&vm);
                 send(stream, &reply(self.keep_registered()))
             }
             Request::Stats { vm } => send(stream, &Reply::Ok(core.stats(vm.as_deref()))),
             Request::Prefetch { object, ranges, vm } => send(stream, &reply(self.prefetch(object, &ranges, vm))),
+            Request::Foresee(spec) => send(stream, &reply(core.foresight.begin(core, &spec))),
+            Request::Recording { vm, end } => send(stream, &reply(core.foresight.recording(&vm, end))),
             Request::FuseFd => unreachable!("answered where the descriptor is passed"),
             Request::Shutdown { unmount } => {
                 let done = if unmount { self.unmount() } else { Ok(()) };

@@ -1,5 +1,6 @@
 //! Counters for each VM, and whose thread a request came from.
 
+use crate::foresight::Member;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +40,8 @@ macro_rules! counters {
             $(pub(crate) $name: AtomicU64,)*
             pub(crate) ram_latency: Histogram,
             pub(crate) disk_read_latency: Histogram,
+            /// What is fetched ahead for it, and recorded.
+            pub(crate) member: RwLock<Option<Arc<Member>>>,
         }
 
         /// One VM's counters at one moment.
@@ -157,6 +160,13 @@ impl Vms {
         }
         threads.insert(tid, (vm.clone(), now));
         vm.unwrap_or_else(|| self.others.clone())
+    }
+
+    /// The process of `vm`, where it is registered.
+    pub(crate) fn pid_of(&self, vm: &str) -> Option<u32> {
+        let counters = self.by_name.read().expect("no writer panics").get(vm)?.clone();
+        let pids = self.by_pid.read().expect("no writer panics");
+        pids.iter().find(|(_, c)| Arc::ptr_eq(c, &counters)).map(|(pid, _)| *pid)
     }
 
     /// The name of the VM whose thread `tid` is.

@@ -199,6 +199,10 @@ fn answer(line: &str, config: &Config, holders: &mut Holders) -> Result<Reply, E
                 shared().ram.as_mut().ok_or(Error::NoRam)?.install(Path::new(path), config.ram_dir.as_deref())?;
             Ok(Reply::line(format!("ok extents={extents}")))
         }
+        ("watch", "") => {
+            shared().ram.as_mut().ok_or(Error::NoRam)?.watch()?;
+            Ok(Reply::line("ok"))
+        }
         ("prepare", "") => {
             shared().ram.as_mut().ok_or(Error::NoRam)?.prepare();
             Ok(Reply::line("ok"))

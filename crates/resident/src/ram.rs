@@ -394,6 +394,12 @@ impl Ram {
         self.tracker.scan(self.start, self.size, |range| in_files(map, range)).ok()
     }
 
+    /// From now on only what is touched is mapped.
+    pub(crate) fn watch(&mut self) -> Result<(), Error> {
+        let watched = self.tracker.register(self.start, self.size as usize);
+        watched.map_err(|source| Error::Os { doing: "watching what is touched".to_owned(), source })
+    }
+
     fn arm(&mut self) {
         self.frozen_before = false;
         self.written = None;

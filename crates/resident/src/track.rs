@@ -72,6 +72,13 @@ impl Tracker {
         self.armed
     }
 
+    /// Registers a range without marking anything. The kernel maps the cached neighbours of a page that is read along
+    /// with it (*fault-around*), except in ranges that are registered.
+    pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
+        let Some((uffd, _)) = &self.kernel else { return Err(io::Error::from_raw_os_error(libc::ENOSYS)) };
+        sys::uffd_register(uffd, start, len)
+    }
+
     /// Registers the whole RAM and marks every page. Where that fails, RAM stays untracked: slower, never wrong.
     pub(crate) fn arm(&mut self, start: usize, size: u64) {
         let Some((uffd, _)) = &self.kernel else { return };

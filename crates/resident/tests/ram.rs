@@ -200,3 +200,35 @@ fn too_many_mappings_are_avoided_by_writing_zeros() {
     let covered: u64 = frozen.written.iter().chain(&frozen.zeroed).map(|r| r.len()).sum();
     assert_eq!(covered, pages_all / 2 * PAGE, "every discarded page is in exactly one list");
 }
+
+/// Pages of RAM that the process has mapped or in swap.
+fn present(pid: u32, start: u64) -> Vec<u64> {
+    use std::os::unix::fs::FileExt;
+    let mut entries = vec![0; PAGES as usize * 8];
+    let file = std::fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    file.read_exact_at(&mut entries, start / PAGE * 8).unwrap();
+    let entries = entries.chunks_exact(8).map(|e| u64::from_le_bytes(e.try_into().unwrap()));
+    entries.enumerate().filter(|(_, e)| e >> 62 != 0).map(|(page, _)| page as u64).collect()
+}
+
+#[test]
+fn a_watched_page_is_mapped_only_when_it_is_touched() {
+    let (_scratch, mut driver) = mixed_driver("watch");
+    let mut resident = driver.connect();
+    let start = u64::from_str_radix(&resident.ok("hello")["ram"], 16).unwrap();
+    // The files were just written, so all of them is in the page cache.
+    driver.get(100 * PAGE);
+    assert!(present(driver.pid(), start).len() > 1, "the kernel maps neighbours: or the rest shows nothing");
+    resident.ok("watch");
+    // Far from those that came with the first: a file system may keep 2 MiB as one piece.
+    for page in [517, 900, 2100] {
+        driver.get(page * PAGE);
+    }
+    driver.fill(pages(700, 701), 1);
+    let found: Vec<u64> = present(driver.pid(), start).into_iter().filter(|p| *p >= 512).collect();
+    assert_eq!(found, [517, 700, 900, 2100]);
+    // What is tracked later is what it would have been.
+    assert_eq!(resident.ok("watch").len(), 0);
+    let frozen = resident.ok("freeze");
+    assert_eq!(frozen["tracked"], "0");
+}

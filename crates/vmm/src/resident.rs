@@ -97,6 +97,15 @@ impl Resident {
         fields(&line).map(|_| ()).map_err(Error::Resident)
     }
 
+    /// Lets pages of RAM be mapped only when the guest touches them, so that its page table tells what it touches.
+    ///
+    /// # Errors
+    /// [`Error::Resident`] where the kernel cannot.
+    pub fn watch(&mut self) -> Result<(), Error> {
+        let line = self.ask("watch")?;
+        fields(&line).map(|_| ()).map_err(Error::Resident)
+    }
+
     /// Freezes the RAM of the stopped VM. `full` forgets what was tracked.
     ///
     /// # Errors

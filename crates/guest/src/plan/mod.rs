@@ -18,15 +18,17 @@ mod planner;
 mod policy;
 mod profile;
 mod space;
+mod template;
 #[cfg(test)]
 mod tests;
 mod window;
 
 pub use pace::Pace;
-pub use planner::{COLORS, Planner, Tally, Template, Traits};
+pub use planner::{Planner, Tally};
 pub use policy::{Eager, Policy, Windows};
 pub use profile::{Profile, ProfileError, Touch, settled};
 pub use space::{Key, Space};
+pub use template::{COLORS, Template, Traits, traits};
 
 /// The number of a page of guest RAM, in the order of the RAM file.
 pub type Page = u32;

@@ -6,16 +6,12 @@
 //! grow where what they brought is used and shrink where it is not; a plan that proves wrong is dropped.
 
 use super::policy::{Eager, Policy};
-use super::profile::Profile;
-use super::space::Space;
+use super::template::{COLORS, Template, Traits};
 use super::window::Window;
 use super::{Page, Windows};
-use base::Bitmap;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// Colors that a plan can tell apart.
-pub const COLORS: usize = 16;
 /// Pages that wait to be asked for because of faults; older ones fall out, they have missed their time.
 const REACTIVE_MAX: usize = 4096;
 /// Pages behind a fault in plan order, at first.
@@ -24,30 +20,6 @@ const PLAN_WINDOW: u32 = 64;
 const PLAN_WRONG: f32 = 0.2;
 /// Judged over at least so many pages.
 const PLAN_JUDGED: u64 = 1024;
-
-/// What a color means for fetching ahead.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Traits {
-    /// Pages that a fault of this color brings at first.
-    pub window: u32,
-    /// Whether the pages are executed: which of the two windows of Kaleidoscope counts.
-    pub executable: bool,
-    /// Part of the color that an offshoot touches, where no recording says better.
-    pub prior: f32,
-}
-
-/// What is known of a template's memory.
-#[derive(Clone, Debug)]
-pub struct Template {
-    /// Color space; all pages of one color where colors are not known.
-    pub space: Space,
-    /// By color.
-    pub traits: [Traits; COLORS],
-    /// Pages that have content to fetch: neither zero nor free.
-    pub stored: Bitmap,
-    /// What earlier offshoots touched.
-    pub profile: Profile,
-}
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

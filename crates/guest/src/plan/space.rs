@@ -25,11 +25,17 @@ impl Space {
         let mut keyed: Vec<(u8, Key, Page)> = (0..pages).map(|page| (colors[page as usize], key(page), page)).collect();
         keyed.sort_unstable();
         let order: Vec<Page> = keyed.into_iter().map(|(.., page)| page).collect();
-        let mut place = vec![0; order.len()];
+        Self::in_order(colors, order).expect("each page was sorted once")
+    }
+
+    /// As it was: `order` must name each page once, or there is none.
+    pub(super) fn in_order(colors: Vec<u8>, order: Vec<Page>) -> Option<Self> {
+        let mut place = vec![u32::MAX; colors.len()];
         for (at, &page) in order.iter().enumerate() {
-            place[page as usize] = at as u32;
+            let place = place.get_mut(page as usize).filter(|p| **p == u32::MAX)?;
+            *place = at as u32;
         }
-        Self { order, place, colors }
+        (order.len() == colors.len()).then_some(Self { order, place, colors })
     }
 
     /// All pages in this order.

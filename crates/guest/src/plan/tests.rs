@@ -251,6 +251,34 @@ proptest! {
     }
 
     #[test]
+    fn templates_come_back_as_they_were_written(
+        pages in prop::collection::vec((0_u8..4, 0_u64..5, any::<bool>()), 0..300),
+        seen in prop::collection::vec(0_u32..300, 0..50),
+        cut in 0_usize..2000,
+        flip in 1_u8..=255,
+    ) {
+        let mut stored = Bitmap::new(pages.len() as u64);
+        for (page, _) in pages.iter().enumerate().filter(|(_, p)| p.2) {
+            stored.set(page as u64);
+        }
+        let space = Space::new(pages.iter().map(|p| p.0).collect(), |page| (pages[page as usize].1, 0));
+        let traits = template(1, Profile::default()).traits;
+        let written = Template { space, traits, stored, profile: profile(&[&seen]) };
+        let mut bytes = written.encode();
+        let read = Template::decode(&bytes, traits).unwrap();
+        prop_assert_eq!(read.space.order(), written.space.order());
+        prop_assert!((0..pages.len() as u32).all(|p| read.space.color(p) == written.space.color(p)));
+        prop_assert_eq!((&read.stored, &read.profile), (&written.stored, &written.profile));
+        // What is damaged is refused, or is some template: never a panic.
+        let at = cut % bytes.len();
+        let _ = Template::decode(&bytes[..at], traits);
+        bytes[at] ^= flip;
+        if let Ok(read) = Template::decode(&bytes, traits) {
+            next(&mut planner("auto", Arc::new(read)), 1000);
+        }
+    }
+
+    #[test]
     fn no_page_is_asked_for_twice(faults in prop::collection::vec(0_u32..600, 0..400), policy in 0_usize..8) {
         let policy = ["none", "readahead:7", "all", "twinkle:16,2", "replay", "intersect", "color", "auto"][policy];
         let seen: Vec<u32> = (0..500).step_by(3).collect();

@@ -227,7 +227,12 @@ impl Core {
         add(&counters.ram_from_holder_bytes, tally.from_holder_bytes);
         add(&counters.ram_from_store_bytes, tally.from_store_bytes);
         add(&counters.store_read_bytes, tally.store_bytes);
-        counters.ram_latency.add(read.began.elapsed());
+        let took = read.began.elapsed();
+        counters.ram_latency.add(took);
+        let member = counters.member.read().expect("no writer panics").clone();
+        if member.is_some_and(|m| m.fault(read.offset, len, took, tally.from_store_bytes > 0)) {
+            self.foresight.ring();
+        }
         Ok(len)
     }
 

@@ -12,6 +12,8 @@ pub(crate) mod abi;
 mod files;
 pub(crate) use files::name_of;
 pub(crate) mod nbd;
+#[expect(unsafe_code, reason = "an ioctl that no library has")]
+pub(crate) mod pagemap;
 pub(crate) mod session;
 pub(crate) mod waiting;
 pub(crate) mod workers;

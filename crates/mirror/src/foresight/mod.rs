@@ -1,0 +1,220 @@
+//! Fetching RAM ahead of offshoots, and recording what they touch.
+//!
+//! Each VM that it knows is a [`Member`]; the offshoots of one template on this node share a [`Stream`], since what
+//! one fetched lies in the page cache for all. A stream's planner ([`guest::plan`]) hears of faults from the front and
+//! of pages that were touched without a fault from looks at the VMs' page tables; a crew of threads fetches what it
+//! says, paced by the link. Demand is answered by the front alone and never waits here.
+//!
+//! Nothing of this is kept: a mirror that takes over fetches on demand only.
+
+mod stream;
+mod touched;
+
+pub(crate) use stream::Stream;
+pub(crate) use touched::Member;
+
+use crate::control::{Foresee, Recording, StreamStats};
+use crate::core::Core;
+use crate::front::pagemap::Pagemap;
+use crate::stats::add;
+use base::{PAGE, RamMap, Source};
+use guest::plan::{Eager, Planner, Policy, Template};
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::{Duration, Instant};
+use stream::Run;
+
+/// Threads that fetch: enough of the pieces that a plan falls into for the longest link to be filled.
+const THREADS: usize = 24;
+/// Between two looks at page tables at first; later a fiftieth of the VM's age.
+const LOOK: Duration = Duration::from_millis(20);
+const LOOK_MAX: Duration = Duration::from_secs(2);
+/// A file that the kernel does not know yet is tried again after this.
+const NOT_YET: Duration = Duration::from_millis(5);
+
+/// All streams and members.
+#[derive(Default)]
+pub(crate) struct Foresight {
+    streams: Mutex<HashMap<u64, Arc<Stream>>>,
+    members: RwLock<HashMap<String, Arc<Member>>>,
+    /// Rung when there may be something to fetch.
+    bell: Condvar,
+    rung: Mutex<u64>,
+    /// Rung when there is somebody new to look at.
+    looker: Condvar,
+}
+
+impl Foresight {
+    /// Begins to fetch for a VM, to record it, or both.
+    pub(crate) fn begin(&self, core: &Core, spec: &Foresee) -> Result<(), String> {
+        let map = RamMap::decode(&spec.map)?;
+        let policy: Policy = spec.policy.parse()?;
+        let eager = Eager::new(spec.eager)?;
+        let Some(pid) = core.vms.pid_of(&spec.vm) else {
+            return Err(format!("VM {} is not registered; register it first", spec.vm));
+        };
+        let pages = u32::try_from(map.size() / PAGE).map_err(|_| "more than 16 TiB of RAM".to_owned())?;
+        let pagemap = Pagemap::open(pid).map_err(|e| format!("/proc/{pid}/pagemap: {e}"))?;
+        let stream = match (&policy, &spec.template) {
+            (Policy::None, _) | (_, None) => None,
+            (_, Some(path)) => {
+                let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+                let template =
+                    Template::decode(&bytes, guest::plan::traits()).map_err(|e| format!("{}: {e}", path.display()))?;
+                if template.stored.len() != u64::from(pages) {
+                    return Err(format!("{} is of {} pages, not {pages}", path.display(), template.stored.len()));
+                }
+                let make = || Arc::new(Stream::new(Planner::new(Arc::new(template), policy, eager), map));
+                Some(self.streams.lock().expect("no holder panics").entry(spec.ram).or_insert_with(make).clone())
+            }
+        };
+        let member = Arc::new(Member::new(spec, pages, pagemap, stream));
+        *core.vms.counters(&spec.vm).member.write().expect("no writer panics") = Some(member.clone());
+        self.members.write().expect("no writer panics").insert(spec.vm.clone(), member);
+        self.looker.notify_all();
+        self.ring();
+        Ok(())
+    }
+
+    /// What a VM has touched so far; with `end`, nothing more is recorded.
+    pub(crate) fn recording(&self, vm: &str, end: bool) -> Result<Recording, String> {
+        let members = self.members.read().expect("no writer panics");
+        let member = members.get(vm).ok_or_else(|| format!("VM {vm} is not recorded"))?;
+        if let Err(e) = member.look() {
+            log::debug!("the last look at {vm}: {e}");
+        }
+        Ok(member.recording(end))
+    }
+
+    /// Forgets a VM, and the stream that nobody follows any more.
+    pub(crate) fn forget(&self, core: &Core, vm: &str) {
+        if let Some(member) = self.members.write().expect("no writer panics").remove(vm) {
+            *core.vms.known(vm).member.write().expect("no writer panics") = None;
+            drop(member);
+        }
+        self.streams.lock().expect("no holder panics").retain(|_, stream| Arc::strong_count(stream) > 1);
+    }
+
+    /// Counters of all streams, by the RAM file that their VMs started from.
+    pub(crate) fn stats(&self) -> Vec<StreamStats> {
+        let streams = self.streams.lock().expect("no holder panics");
+        let mut out: Vec<_> = streams.iter().map(|(&ram, stream)| stream.stats(ram)).collect();
+        out.sort_by_key(|s| s.ram);
+        out
+    }
+
+    /// Wakes those who fetch.
+    pub(crate) fn ring(&self) {
+        *self.rung.lock().expect("no holder panics") += 1;
+        self.bell.notify_all();
+    }
+
+    /// A run to fetch, of the stream that has been served least; waits for one.
+    fn next(&self) -> (Arc<Stream>, Run) {
+        let mut rung = self.rung.lock().expect("no holder panics");
+        loop {
+            let heard = *rung;
+            drop(rung);
+            let streams: Vec<Arc<Stream>> = self.streams.lock().expect("no holder panics").values().cloned().collect();
+            let mut hungry: Vec<_> = streams.into_iter().map(|s| (s.flying(), s)).collect();
+            hungry.sort_by_key(|(flying, _)| *flying);
+            if let Some(found) = hungry.into_iter().find_map(|(_, s)| s.take().map(|run| (s, run))) {
+                return found;
+            }
+            rung = self.rung.lock().expect("no holder panics");
+            if *rung == heard {
+                rung = self.bell.wait(rung).expect("no holder panics");
+            }
+        }
+    }
+
+    /// Looks at page tables for ever.
+    pub(crate) fn watch(&self) {
+        loop {
+            let mut next = Instant::now() + LOOK_MAX;
+            let members: Vec<_> = self.members.read().expect("no writer panics").values().cloned().collect();
+            let mut used = false;
+            for member in members {
+                let Some(due) = member.due() else { continue };
+                if due <= Instant::now() {
+                    match member.look() {
+                        Ok(found) => used |= found,
+                        // It has ended; whoever registered it will say so.
+                        Err(e) => log::debug!("VM {} cannot be looked at: {e}", member.vm),
+                    }
+                }
+                next = next.min(member.due().unwrap_or(next));
+            }
+            if used {
+                self.ring();
+            }
+            let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let guard = self.rung.lock().expect("no holder panics");
+            drop(self.looker.wait_timeout(guard, wait).expect("no holder panics"));
+        }
+    }
+}
+
+/// When a VM of this age is looked at next.
+fn look_after(age: Duration) -> Duration {
+    (age / 50).clamp(LOOK, LOOK_MAX)
+}
+
+/// Starts the threads.
+pub(crate) fn start(
+    core: &Arc<Core>,
+    spawn: impl Fn(&str, Box<dyn FnOnce() + Send>) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let watching = core.clone();
+    spawn("mirror-touched", Box::new(move || watching.foresight.watch()))?;
+    (0..THREADS).try_for_each(|_| {
+        let mine = core.clone();
+        spawn("mirror-ahead", Box::new(move || fetch_for_ever(&mine)))
+    })
+}
+
+fn fetch_for_ever(core: &Core) {
+    if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10) {
+        log::warn!("prefetch runs at full priority: {e}");
+    }
+    let mut buf = Vec::new();
+    loop {
+        let (stream, run) = core.foresight.next();
+        core.demand.give_way();
+        let began = Instant::now();
+        let fetched = fetch(core, &stream, run, &mut buf);
+        stream.arrived(run, began.elapsed(), &fetched);
+        if let Err(why) = fetched {
+            log::debug!("pages {}..{} ahead: {why}", run.first, run.first + run.pages);
+            std::thread::sleep(NOT_YET);
+        }
+        core.foresight.ring();
+    }
+}
+
+/// Brings a run of pages into the page cache of the files that the RAM map names for them. Says how many bytes came.
+fn fetch(core: &Core, stream: &Stream, run: Run, buf: &mut Vec<u8>) -> Result<u64, String> {
+    let (mut at, end) = (u64::from(run.first) * PAGE, u64::from(run.first + run.pages) * PAGE);
+    let mut came = 0;
+    while at < end {
+        let (source, extent_end) = stream.map.lookup(at);
+        let piece_end = extent_end.min(end);
+        if let Source::File(id) = source {
+            let ram = core.objects.ram(id.0).ok_or_else(|| format!("RAM file {:016x} is gone", id.0))?;
+            buf.resize((piece_end - at) as usize, 0);
+            let mut tally = crate::ram::RamTally::default();
+            let (files, versions) = (&|id| core.objects.ram(id), core.objects.versions());
+            ram.read(files, versions, at, buf, &mut tally).map_err(|e| e.to_string())?;
+            match core.session.store(id.0, at, buf) {
+                Ok(true) => {}
+                Ok(false) => return Err("the kernel does not know the file yet".to_owned()),
+                Err(e) => return Err(e.to_string()),
+            }
+            add(&core.vms.others.ram_prefetched_bytes, buf.len() as u64);
+            add(&core.vms.others.store_read_bytes, tally.store_bytes);
+            came += buf.len() as u64;
+        }
+        at = piece_end;
+    }
+    Ok(came)
+}

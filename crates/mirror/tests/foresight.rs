@@ -1,0 +1,202 @@
+//! RAM that is fetched ahead by plan, and what is recorded. Needs root and /dev/fuse.
+
+mod common;
+
+use base::{Bitmap, ByteRange, RamFileId, RamMap, Source};
+use common::{Mapping, Mirror, PAGE, bytes};
+use guest::plan::{Profile, Space, Template, Touch, traits};
+use mirror::control::{Foresee, StreamStats};
+use mirror::{Client, RamSource, RamSpec};
+use std::time::{Duration, Instant};
+
+const PAGES: usize = 4096;
+const LEN: usize = PAGES * PAGE;
+const RAM: u64 = 0x100;
+/// The number of a color whose windows the tests rely on: user data.
+const DATA: u8 = 9;
+
+#[test]
+#[ignore = "is the mirror of the other tests"]
+fn mirror_process() {
+    common::mirror_process();
+}
+
+struct Scene {
+    mirror: Mirror,
+    client: Client,
+    content: Vec<u8>,
+    map: RamMap,
+}
+
+fn scene() -> Scene {
+    let mirror = Mirror::start();
+    let mut client = mirror.client();
+    let content = bytes(3, LEN);
+    mirror.put_version("v", &content);
+    let mut map = RamMap::zero(LEN as u64);
+    map.set(ByteRange::new(0, LEN as u64), Source::File(RamFileId(RAM)));
+    client.add_ram(RamSpec { id: RAM, map: map.encode(), source: RamSource::Committed("v".to_owned()) }).unwrap();
+    client.register_vm("web", std::process::id()).unwrap();
+    Scene { mirror, client, content, map }
+}
+
+impl Scene {
+    fn template(&self, profile: Profile) -> std::path::PathBuf {
+        let mut stored = Bitmap::new(PAGES as u64);
+        stored.set_range(0, PAGES as u64);
+        let space = Space::new(vec![DATA; PAGES], |_| (0, 0));
+        let path = self.mirror.home.join("template");
+        std::fs::write(&path, Template { space, traits: traits(), stored, profile }.encode()).unwrap();
+        path
+    }
+
+    fn foresee(&mut self, mapping: &Mapping, policy: &str, profile: Profile) {
+        let spec = Foresee {
+            vm: "web".to_owned(),
+            ram: RAM,
+            map: self.map.encode(),
+            address: mapping.bytes().as_ptr() as u64,
+            template: Some(self.template(profile)),
+            policy: policy.to_owned(),
+            eager: 0.5,
+            record: true,
+        };
+        self.client.foresee(spec).unwrap();
+    }
+
+    fn faults(&mut self) -> u64 {
+        self.client.stats(Some("web")).unwrap().vms["web"].ram_faults
+    }
+
+    /// Waits until nothing more is fetched ahead.
+    fn rest(&mut self) -> StreamStats {
+        let began = Instant::now();
+        loop {
+            let stream = self.client.stats(None).unwrap().streams.pop().unwrap();
+            if stream.idle && stream.flying_bytes == 0 {
+                return stream;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "prefetch never ends: {stream:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn profile(pages: impl IntoIterator<Item = u32>) -> Profile {
+    let mut profile = Profile::default();
+    profile.add(&pages.into_iter().map(|page| Touch { page, ms: page }).collect::<Vec<_>>());
+    profile
+}
+
+#[test]
+fn what_was_recorded_is_there_before_it_is_touched() {
+    let mut scene = scene();
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    let planned: Vec<u32> = (64..192).chain((1000..1400).step_by(2)).collect();
+    scene.foresee(&mapping, "replay", profile(planned.iter().copied()));
+    let stream = scene.rest();
+    assert_eq!(stream.fetched_bytes, (planned.len() * PAGE) as u64);
+    let before = scene.faults();
+    for &page in &planned {
+        let page = page as usize;
+        assert!(mapping.page(page) == &scene.content[page * PAGE..(page + 1) * PAGE], "page {page}");
+    }
+    assert_eq!(scene.faults(), before, "a planned page was waited for");
+    assert!(mapping.page(3000) == &scene.content[3000 * PAGE..3001 * PAGE]);
+    assert_eq!(scene.faults(), before + 1, "one that was not planned");
+    let recording = scene.client.recording("web", true).unwrap();
+    let touched: std::collections::BTreeSet<u32> = recording.touches.iter().map(|(page, _)| *page).collect();
+    assert_eq!(touched.len(), recording.touches.len(), "first touches alone");
+    assert!(planned.iter().chain(&[3000]).all(|page| touched.contains(page)), "touched without a fault, and seen");
+    assert!(recording.touches.iter().all(|(_, ms)| *ms <= recording.seen_ms));
+    assert!(scene.client.recording("web", false).unwrap().touches.is_empty(), "it was ended");
+    let stream = scene.rest();
+    let (faults, ahead, used) = stream.by_color[&DATA];
+    assert_eq!((faults, ahead, used), (1, planned.len() as u64, planned.len() as u64));
+}
+
+#[test]
+fn a_fault_brings_its_neighbours_in_color_space_and_only_those() {
+    let mut scene = scene();
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    scene.foresee(&mapping, "color:4,16", Profile::default());
+    assert_eq!(scene.rest().fetched_bytes, 0);
+    let before = scene.faults();
+    assert!(mapping.page(100) == &scene.content[100 * PAGE..101 * PAGE]);
+    assert_eq!(scene.rest().fetched_bytes, 16 * PAGE as u64);
+    for page in 101..117 {
+        assert!(mapping.page(page) == &scene.content[page * PAGE..(page + 1) * PAGE]);
+    }
+    assert_eq!(scene.faults(), before + 1);
+    assert!(mapping.page(117) == &scene.content[117 * PAGE..118 * PAGE]);
+    assert_eq!(scene.faults(), before + 2, "the window ends where it should");
+}
+
+#[test]
+fn a_walk_through_all_pages_waits_for_few_of_them_under_auto() {
+    let mut scene = scene();
+    scene.mirror.put_version("slow", b"300");
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    scene.foresee(&mapping, "auto", Profile::default());
+    for page in 0..PAGES {
+        assert!(mapping.page(page) == &scene.content[page * PAGE..(page + 1) * PAGE], "page {page}");
+    }
+    let faults = scene.faults();
+    assert!(faults < PAGES as u64 / 4, "{faults} faults on {PAGES} pages in order");
+    let stream = scene.rest();
+    assert!(stream.fetched_bytes <= LEN as u64);
+}
+
+#[test]
+fn a_store_that_is_down_stops_prefetch_and_nothing_else() {
+    let mut scene = scene();
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    scene.mirror.put_version("down", b"");
+    scene.foresee(&mapping, "replay", profile(0..500));
+    let began = Instant::now();
+    while scene.client.stats(None).unwrap().streams[0].failed == 0 {
+        assert!(began.elapsed() < Duration::from_secs(20), "prefetch did not notice");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::fs::remove_file(scene.mirror.store.join("down")).unwrap();
+    scene.rest();
+    for page in 0..600 {
+        assert!(mapping.page(page) == &scene.content[page * PAGE..(page + 1) * PAGE], "page {page}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_by_name() {
+    let mut scene = scene();
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    let good = Foresee {
+        vm: "web".to_owned(),
+        ram: RAM,
+        map: scene.map.encode(),
+        address: mapping.bytes().as_ptr() as u64,
+        template: Some(scene.template(Profile::default())),
+        policy: "auto".to_owned(),
+        eager: 0.5,
+        record: false,
+    };
+    let junk = scene.mirror.home.join("junk");
+    std::fs::write(&junk, b"OFFPLAN1 and then nothing of the kind").unwrap();
+    let small = RamMap::zero(PAGE as u64).encode();
+    let cases: [(&str, Foresee); 7] = [
+        ("not registered", Foresee { vm: "nobody".to_owned(), ..good.clone() }),
+        ("not a prefetch policy", Foresee { policy: "magic".to_owned(), ..good.clone() }),
+        ("not a number from 0 to 1", Foresee { eager: 2.0, ..good.clone() }),
+        ("damaged at byte", Foresee { template: Some(junk), ..good.clone() }),
+        ("No such file", Foresee { template: Some("/no/such/file".into()), ..good.clone() }),
+        ("empty RAM map", Foresee { map: String::new(), ..good.clone() }),
+        ("of 4096 pages, not 1", Foresee { map: small, ..good.clone() }),
+    ];
+    for (what, spec) in cases {
+        let error = scene.client.foresee(spec).unwrap_err().to_string();
+        assert!(error.contains(what), "{error} does not say: {what}");
+    }
+    assert!(scene.client.recording("nobody", false).unwrap_err().to_string().contains("nobody"));
+    scene.client.foresee(good).unwrap();
+    scene.client.unregister_vm("web").unwrap();
+    assert!(scene.client.stats(None).unwrap().streams.is_empty(), "nobody follows it any more");
+}
