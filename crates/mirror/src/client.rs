@@ -5,7 +5,7 @@
 
 use crate::control::{
     ExportSpec, Foresee, Hello, Listing, OverlaySpec, Queued, RamSpec, Recording, Removed, Reply, Request, Stats,
-    ViewChanges,
+    StoreState, ViewChanges, Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -211,6 +211,30 @@ impl Client {
     /// It is not recorded: the mirror may be another one now.
     pub fn recording(&mut self, vm: &str, end: bool) -> Answer<Recording> {
         self.call(&Request::Recording { vm: vm.to_owned(), end })
+    }
+
+    /// How the store does.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub fn store(&mut self) -> Answer<StoreState> {
+        self.call(&Request::Store)
+    }
+
+    /// How much of `versions` is in the node's cache; see [`crate::Versions::warm`].
+    ///
+    /// # Errors
+    /// There is no cache, the store does not answer, or there is no room.
+    pub fn warm(&mut self, name: &str, versions: &[String], begin: bool, pin: bool) -> Answer<Warmth> {
+        self.call_slow(&Request::Warm { name: name.to_owned(), versions: versions.to_vec(), begin, pin })
+    }
+
+    /// Lets the cache evict what was pinned under `name`; whether something was.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub fn unpin(&mut self, name: &str) -> Answer<bool> {
+        self.call(&Request::Unpin { name: name.to_owned() })
     }
 
     /// Ends the mirror, and unmounts if asked; VMs that still run wait for the next mirror otherwise.
