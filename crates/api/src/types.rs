@@ -99,6 +99,12 @@ pub struct RunRequest {
     pub accelerator: Option<String>,
     /// Added to the image's kernel command line; only when booting an image.
     pub append: Option<String>,
+    /// What is fetched ahead of the guest; only when starting from a snapshot.
+    #[serde(default)]
+    pub prefetch: Option<String>,
+    /// How much of it, from 0 to 1; only when starting from a snapshot.
+    #[serde(default)]
+    pub eager: Option<f32>,
 }
 
 /// What a VM starts from.
@@ -273,6 +279,9 @@ pub struct VmStats {
     pub shared_bytes: u64,
     /// What the mirror counted for it.
     pub mirror: serde_json::Value,
+    /// What was fetched ahead for the offshoots of its template on this node, where something is.
+    #[serde(default)]
+    pub prefetch: Option<serde_json::Value>,
     /// What the resident library counted.
     pub resident: BTreeMap<String, u64>,
     /// CPU time of its hypervisor, in seconds.

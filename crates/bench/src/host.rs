@@ -80,6 +80,8 @@ impl Host {
             publish,
             accelerator: None,
             append: None,
+            prefetch: None,
+            eager: None,
         };
         let vm: Vm = self.client.post("/v1/vms", &request)?;
         Guest::of(&vm.name, &vm.publish)
@@ -100,6 +102,8 @@ impl Host {
             publish,
             accelerator: None,
             append: None,
+            prefetch: None,
+            eager: None,
         };
         let vm: Vm = self.client.post("/v1/vms", &request)?;
         Guest::of(&vm.name, &vm.publish)

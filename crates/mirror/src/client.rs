@@ -202,10 +202,10 @@ impl Client {
     /// # Errors
     /// It is not registered, or what is named cannot be read.
     pub fn foresee(&mut self, spec: Foresee) -> Answer<()> {
-        self.call(&Request::Foresee(spec))
+        self.call_slow(&Request::Foresee(spec))
     }
 
-    /// What `vm` has touched so far; with `end`, nothing more is recorded.
+    /// Whether the working set of `vm` has settled; with `end`, also what it touched, and nothing more is recorded.
     ///
     /// # Errors
     /// It is not recorded: the mirror may be another one now.

@@ -123,7 +123,7 @@ pub struct Foresee {
 /// What a VM touched.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recording {
-    /// Pages in the order of their first touch, each with milliseconds since its start.
+    /// Pages in the order of their first touch, each with milliseconds since its start; only at the end.
     pub touches: Vec<(u32, u32)>,
     /// When its working set had settled, in milliseconds; none: not yet.
     pub settled_ms: Option<u32>,
@@ -195,7 +195,8 @@ pub enum Request {
     },
     /// Fetches RAM ahead of a VM that is registered, records what it touches, or both.
     Foresee(Foresee),
-    /// What a VM has touched so far; with `end`, nothing more is recorded. Answer: [`Recording`].
+    /// Whether a VM's working set has settled; with `end`, also what it touched, and nothing more is recorded.
+    /// Answer: [`Recording`].
     Recording { vm: String, end: bool },
     /// How the store does. Answer: [`StoreState`].
     Store,

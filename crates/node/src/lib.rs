@@ -9,6 +9,7 @@ mod commit;
 pub mod doctor;
 mod error;
 mod exports;
+mod foresight;
 pub mod home;
 pub mod image;
 mod images;

@@ -10,7 +10,9 @@ use crate::home::Home;
 use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
-use mirror::control::{Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, ViewChanges};
+use mirror::control::{
+    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamSource, RamSpec, Recording, Stats, ViewChanges,
+};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -266,6 +268,22 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn register_vm(&self, vm: &str, pid: u32) -> Result<()> {
         self.client().register_vm(vm, pid).map_err(refused)
+    }
+
+    /// Fetches RAM ahead of a VM that is registered, records what it touches, or both.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn foresee(&self, spec: Foresee) -> Result<()> {
+        self.client().foresee(spec).map_err(refused)
+    }
+
+    /// What a VM has touched so far: the touches themselves with `end`, and nothing more is recorded then.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn recording(&self, vm: &str, end: bool) -> Result<Recording> {
+        self.client().recording(vm, end).map_err(refused)
     }
 
     /// Forgets a VM's counters.

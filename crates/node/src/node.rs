@@ -230,6 +230,11 @@ impl Node {
         let reserved = self.reserve(vec![name.clone()])?;
         let _making = self.shared.making.read().expect("no holder panics");
         let (record, source) = match &request.from {
+            From::Image(_) if request.prefetch.is_some() || request.eager.is_some() => {
+                return Err(Error::Invalid(
+                    "--prefetch and --eager go with --from: a cold boot has no RAM to fetch".into(),
+                ));
+            }
             From::Image(image) => self.boot_record(&name, image, request, publish)?,
             From::Snapshot(snapshot) => self.snapshot_record(&name, snapshot, request, publish)?,
         };

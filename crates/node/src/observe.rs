@@ -76,12 +76,16 @@ impl Node {
         let pages =
             sys::pages(place.pid, place.address, place.size).map_err(Error::io("read the pages of", &vm.name))?;
         let mirror = self.shared.mirror.stats(Some(&vm.name))?;
+        let start = vm.view().record.start_ram;
+        let stream = mirror.streams.iter().find(|stream| Some(stream.ram) == start);
+        let prefetch = stream.map(|s| serde_json::to_value(s).expect("counters serialise"));
         let mirror = mirror.vms.get(&vm.name).map(|s| serde_json::to_value(s).expect("counters serialise"));
         Ok(VmStats {
             name: vm.name.clone(),
             private_bytes: pages.private.count() * base::PAGE,
             shared_bytes: pages.shared.count() * base::PAGE,
             mirror: mirror.unwrap_or_default(),
+            prefetch,
             resident,
             cpu_s: sys::cpu_seconds(place.pid),
         })

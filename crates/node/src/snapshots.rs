@@ -1,6 +1,7 @@
 //! Snapshots: taking them, listing them, starting from them.
 
 use crate::error::{Error, Result};
+use crate::foresight::{self, Ahead};
 use crate::node::{Node, Shared, new_uuid};
 use crate::record::{self, Life, SnapshotMeta, VmRecord};
 use crate::vm::Source;
@@ -65,6 +66,9 @@ impl Node {
         if !self.shared.store.delete_head(&snapshot_head(vm, tag))? {
             return Err(no_snapshot(name));
         }
+        // What was learnt of it is of no use to anybody else. A crash in between leaves some bytes that the next snapshot
+        // of that name takes over.
+        self.shared.store.delete_head(&foresight::profile_head(name))?;
         sweep::sweep(&self.shared)
     }
 
@@ -119,6 +123,7 @@ impl Node {
                 "the machine of {from} is fixed: leave out --memory, --cpus, --accelerator and --append"
             )));
         }
+        let wanted = foresight::chosen(&self.shared, request.prefetch.as_deref(), request.eager)?;
         let (manifest, meta) = self.snapshot(from)?;
         let meta = self.adopted(&manifest, meta)?;
         let mut origin = meta.origin.clone();
@@ -161,7 +166,8 @@ impl Node {
         std::fs::write(&device, device_state).map_err(Error::io("write", &device))?;
         let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
         let disks = disks.iter().map(ToString::to_string).collect();
-        Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks }))
+        let ahead = Ahead::prepare(&self.shared, (from, &meta), &start, &dir, wanted);
+        Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks, ahead }))
     }
 
     /// Makes a snapshot that was not frozen on this node one of its own freezes, so that its memory is kept for what

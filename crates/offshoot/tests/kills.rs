@@ -281,7 +281,17 @@ fn starts(scene: &Scene, random: &mut Random) -> Outcome {
     let run = |from: From| -> Outcome {
         let publish = vec![format!("{}:80", scene.base), format!("{}:6379", scene.base + 1)];
         let (memory_bytes, cpus, accelerator, append) = (None, None, None, None);
-        let request = RunRequest { name: Some("next".into()), from, memory_bytes, cpus, publish, accelerator, append };
+        let request = RunRequest {
+            name: Some("next".into()),
+            from,
+            memory_bytes,
+            cpus,
+            publish,
+            accelerator,
+            append,
+            prefetch: None,
+            eager: None,
+        };
         scene.host.client.post::<Vm>("/v1/vms", &request)?;
         Ok(())
     };

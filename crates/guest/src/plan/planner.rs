@@ -106,8 +106,9 @@ impl Planner {
     }
 
     /// The guest touched `page`, and it had to be fetched. A page that was asked for ahead and had not arrived counts
-    /// as used: it was the right one.
-    pub fn fault(&mut self, page: Page) {
+    /// as used: it was the right one. `dear`: the guest waited for it so long that guessing pays; where it did not,
+    /// `auto` keeps to what was recorded.
+    pub fn fault(&mut self, page: Page, dear: bool) {
         let Some(&state) = self.states.get(page as usize) else { return };
         match state {
             State::Touched => return,
@@ -125,7 +126,8 @@ impl Planner {
             }
             Policy::Twinkle { pages, faults } => self.count_segment(page, pages, faults),
             Policy::Color(_) => self.want_color(page),
-            Policy::Auto => self.want_best(page),
+            Policy::Auto if dear || self.is_planned(page) => self.want_best(page),
+            Policy::Auto => {}
         }
     }
 
@@ -229,6 +231,10 @@ impl Planner {
         }
     }
 
+    fn is_planned(&self, page: Page) -> bool {
+        (self.places[page as usize] as usize) < self.plan.len()
+    }
+
     fn want_color(&mut self, page: Page) {
         let color = self.color(page);
         let pages = self.windows[color].pages as usize;
@@ -237,8 +243,8 @@ impl Planner {
     }
 
     fn want_best(&mut self, page: Page) {
-        let place = self.places[page as usize] as usize;
-        if place < self.plan.len() {
+        if self.is_planned(page) {
+            let place = self.places[page as usize] as usize;
             let pages = self.plan_window.pages as usize;
             let ahead: Vec<Page> = self.plan[place + 1..].iter().take(pages).copied().collect();
             self.want(ahead, Class::Plan);

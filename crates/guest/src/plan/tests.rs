@@ -71,7 +71,7 @@ fn each_policy_asks_for_its_own_pages() {
     ];
     for (policy, fault, wanted) in cases {
         let mut planner = planner(policy, template(20, seen.clone()));
-        planner.fault(*fault);
+        planner.fault(*fault, true);
         assert_eq!(next(&mut planner, 100), *wanted, "{policy} after a fault on {fault}");
         assert_eq!(next(&mut planner, 100), [], "{policy} asks once");
         assert!(planner.is_idle());
@@ -84,10 +84,10 @@ fn twinkle_brings_the_working_set_first_and_then_segments() {
     assert_eq!(planner.first(), 3);
     assert_eq!(next(&mut planner, 3), [40, 3, 41]);
     for page in [16, 17] {
-        planner.fault(page);
+        planner.fault(page, true);
         assert_eq!(next(&mut planner, 100), []);
     }
-    planner.fault(23);
+    planner.fault(23, true);
     assert_eq!(next(&mut planner, 100), [18, 19, 20, 21, 22], "the third fault of its segment");
 }
 
@@ -95,7 +95,7 @@ fn twinkle_brings_the_working_set_first_and_then_segments() {
 fn auto_follows_the_plan_from_where_the_guest_is() {
     let pages: Vec<u32> = (100..400).collect();
     let mut planner = planner("auto", template(1000, profile(&[&pages, &pages])));
-    planner.fault(300);
+    planner.fault(300, true);
     let asked = next(&mut planner, 100);
     assert_eq!(asked[..64], (301..365).collect::<Vec<_>>(), "what follows in the plan goes first");
     assert_eq!(asked[64..], (100..136).collect::<Vec<_>>(), "then the plan from its start");
@@ -105,14 +105,14 @@ fn auto_follows_the_plan_from_where_the_guest_is() {
 #[test]
 fn auto_takes_colors_where_the_plan_is_silent_and_adapts() {
     let mut planner = planner("auto", template(4000, Profile::default()));
-    planner.fault(1);
+    planner.fault(1, true);
     assert_eq!(next(&mut planner, 100), [3, 5, 7, 9, 11, 13, 15, 17], "a window of its color");
     // The guest walks on through all data pages: the window must come to cover more at each fault.
     let (mut faults, mut here) = (0, HashSet::from([1, 3, 5, 7, 9, 11, 13, 15, 17]));
     for page in (3..2000).step_by(2) {
         if here.insert(page) {
             faults += 1;
-            planner.fault(page);
+            planner.fault(page, true);
         } else {
             planner.used(page);
         }
@@ -123,7 +123,7 @@ fn auto_takes_colors_where_the_plan_is_silent_and_adapts() {
     // Now it jumps: what the windows bring is wasted, and they must shrink.
     let before: u64 = planner.tallies().iter().map(|t| t.prefetched).sum();
     for page in (2001..4000).step_by(66) {
-        planner.fault(page);
+        planner.fault(page, true);
         next(&mut planner, 1000);
         planner.judge();
     }
@@ -132,12 +132,23 @@ fn auto_takes_colors_where_the_plan_is_silent_and_adapts() {
 }
 
 #[test]
+fn auto_guesses_only_where_faults_are_dear() {
+    let seen: Vec<u32> = (10..20).collect();
+    let mut planner = planner("auto", template(4000, profile(&[&seen])));
+    assert_eq!(next(&mut planner, 100), seen);
+    planner.fault(1000, false);
+    assert_eq!(next(&mut planner, 100), []);
+    planner.fault(2000, true);
+    assert_eq!(next(&mut planner, 100), [2002, 2004]);
+}
+
+#[test]
 fn a_plan_that_proves_wrong_is_dropped() {
     let pages: Vec<u32> = (0..8000).collect();
     let mut planner = planner("auto", template(20_000, profile(&[&pages])));
     let mut asked = 0;
     for fault in (8001..20_000).step_by(3) {
-        planner.fault(fault);
+        planner.fault(fault, true);
         asked += next(&mut planner, 16).iter().filter(|p| **p < 8000).count();
     }
     assert!((1024..2000).contains(&asked), "{asked} pages of a wrong plan were fetched");
@@ -172,7 +183,7 @@ fn only_pages_with_content_are_asked_for() {
         holey.stored.set_range(10, 20);
         let mut planner = planner(policy, Arc::new(holey));
         for page in [0, 1, 2] {
-            planner.fault(page);
+            planner.fault(page, true);
         }
         assert!(next(&mut planner, 1000).iter().all(|p| (10..20).contains(p)), "{policy}");
     }
@@ -285,7 +296,7 @@ proptest! {
         let mut planner = planner(policy, template(500, profile(&[&seen, &seen[20..]])));
         let mut asked = HashSet::new();
         for (i, fault) in faults.iter().enumerate() {
-            planner.fault(*fault);
+            planner.fault(*fault, true);
             planner.used(fault.wrapping_mul(7) % 500);
             for page in next(&mut planner, i % 5) {
                 prop_assert!(asked.insert(page), "page {} twice under {}", page, policy);

@@ -45,7 +45,8 @@ pub(crate) struct Foresight {
 }
 
 impl Foresight {
-    /// Begins to fetch for a VM, to record it, or both.
+    /// Begins to fetch for a VM, to record it, or both; returns when the pages are here that it should not start
+    /// without.
     pub(crate) fn begin(&self, core: &Core, spec: &Foresee) -> Result<(), String> {
         let map = RamMap::decode(&spec.map)?;
         let policy: Policy = spec.policy.parse()?;
@@ -68,11 +69,15 @@ impl Foresight {
                 Some(self.streams.lock().expect("no holder panics").entry(spec.ram).or_insert_with(make).clone())
             }
         };
+        let first = stream.clone();
         let member = Arc::new(Member::new(spec, pages, pagemap, stream));
         *core.vms.counters(&spec.vm).member.write().expect("no writer panics") = Some(member.clone());
         self.members.write().expect("no writer panics").insert(spec.vm.clone(), member);
         self.looker.notify_all();
         self.ring();
+        if let Some(stream) = first {
+            stream.await_first();
+        }
         Ok(())
     }
 

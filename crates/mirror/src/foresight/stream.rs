@@ -4,7 +4,7 @@ use crate::control::StreamStats;
 use base::{PAGE, RamMap};
 use guest::plan::{Pace, Page, Planner};
 use std::collections::VecDeque;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// Pages of one run at most: what one frame of the store holds.
@@ -19,11 +19,18 @@ pub(crate) struct Run {
     pub(crate) pages: u32,
 }
 
+/// The longest that a guest waits for its working set: it can run without.
+const FIRST_WAIT: Duration = Duration::from_secs(60);
+/// A fault that took longer is worth guessing for: it went to another machine. One that the disk at hand, or a
+/// holder's memory, answers takes a tenth of it.
+const DEAR: Duration = Duration::from_micros(500);
+
 /// One template's stream of prefetch.
 pub(crate) struct Stream {
     /// Where the template's pages lie.
     pub(crate) map: RamMap,
     state: Mutex<State>,
+    first_here: Condvar,
     began: Instant,
 }
 
@@ -34,13 +41,16 @@ struct State {
     flying_bytes: u64,
     fetched_bytes: u64,
     failed: u64,
+    /// Pages of the working set that are to come before the guest runs.
+    first_left: u64,
 }
 
 impl Stream {
     pub(crate) fn new(planner: Planner, map: RamMap) -> Self {
         let (pace, ready) = (Pace::default(), VecDeque::new());
-        let state = State { planner, pace, ready, flying_bytes: 0, fetched_bytes: 0, failed: 0 };
-        Self { map, state: Mutex::new(state), began: Instant::now() }
+        let first_left = planner.first() as u64;
+        let state = State { planner, pace, ready, flying_bytes: 0, fetched_bytes: 0, failed: 0, first_left };
+        Self { map, state: Mutex::new(state), first_here: Condvar::new(), began: Instant::now() }
     }
 
     /// A guest waited for a page, `took` long; `far`: the store had to be asked. Says whether there may be something
@@ -50,7 +60,7 @@ impl Stream {
         if far {
             state.pace.demand(took);
         }
-        state.planner.fault(page);
+        state.planner.fault(page, took > DEAR);
         !state.planner.is_idle()
     }
 
@@ -95,6 +105,11 @@ impl Stream {
         let now = self.began.elapsed();
         let mut state = self.state();
         state.flying_bytes -= u64::from(run.pages) * PAGE;
+        if state.first_left > 0 {
+            // Nothing but the plan, whose first pages these are, is asked for before the guest runs.
+            state.first_left = state.first_left.saturating_sub(u64::from(run.pages));
+            self.first_here.notify_all();
+        }
         match fetched {
             Ok(bytes) => {
                 state.fetched_bytes += bytes;
@@ -107,6 +122,12 @@ impl Stream {
                 }
             }
         }
+    }
+
+    /// Waits until the pages are here that the guest should not run without, and not for ever.
+    pub(crate) fn await_first(&self) {
+        let waits = |state: &mut State| state.first_left > 0;
+        drop(self.first_here.wait_timeout_while(self.state(), FIRST_WAIT, waits).expect("no holder panics"));
     }
 
     /// Bytes asked for and not here.

@@ -102,17 +102,17 @@ impl Member {
         Ok(!fresh.is_empty())
     }
 
-    /// What was recorded so far.
+    /// Whether its working set has settled; with `end`, what was recorded, and nothing more is.
     pub(crate) fn recording(&self, end: bool) -> Recording {
         let mut touched = self.touched.lock().expect("no holder panics");
         let seen_ms = millis(self.began.elapsed());
         let times: Vec<u32> = touched.touches.iter().map(|(_, ms)| *ms).collect();
         let settled_ms = settled(&times, seen_ms);
-        if end {
-            touched.recording = false;
-            return Recording { touches: std::mem::take(&mut touched.touches), settled_ms, seen_ms };
+        if !end {
+            return Recording { touches: Vec::new(), settled_ms, seen_ms };
         }
-        Recording { touches: touched.touches.clone(), settled_ms, seen_ms }
+        touched.recording = false;
+        Recording { touches: std::mem::take(&mut touched.touches), settled_ms, seen_ms }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Frozen;
 use crate::error::{Error, Result};
+use crate::foresight::Ahead;
 use crate::node::Shared;
 use crate::record::{Life, VmRecord};
 use crate::sys;
@@ -36,6 +37,8 @@ pub enum Source {
         device: PathBuf,
         /// Versions of its disks.
         disks: Vec<String>,
+        /// What is fetched ahead.
+        ahead: Ahead,
     },
 }
 
@@ -173,6 +176,10 @@ pub(super) fn launch(
         qemu.load(state.as_fd())?;
     }
     laps.lap("load");
+    if let Source::Snapshot { ahead, .. } = source {
+        look_ahead(shared, record, ahead, &map, &mut qemu);
+        laps.lap("ahead");
+    }
     passt::await_listening(&helper, &record.publish, &files.passt_log())?;
     laps.lap("listen");
     log::debug!("{}: {}", record.name, laps.0);
@@ -181,6 +188,25 @@ pub(super) fn launch(
     record.life = Life::Running { hypervisor, passt: helper };
     record.save(&dir)?;
     Ok(qemu)
+}
+
+/// Has the mirror fetch ahead and record; where that fails, the guest runs all the same.
+fn look_ahead(shared: &Arc<Shared>, record: &VmRecord, ahead: &Ahead, map: &RamMap, qemu: &mut Qemu) {
+    if ahead.record
+        && let Err(error) = qemu.resident().watch()
+    {
+        log::warn!("{}: recorded with the neighbours of what it touches: {error}", record.name);
+    }
+    let begun = qemu
+        .resident()
+        .hello()
+        .map_err(Error::from)
+        .and_then(|hello| shared.mirror.foresee(ahead.spec(&record.name, map, hello.ram)));
+    match begun {
+        Ok(()) if ahead.record => ahead.learn(shared, &record.name),
+        Ok(()) => {}
+        Err(error) => log::warn!("{}: nothing is fetched ahead: {}", record.name, error.whole()),
+    }
 }
 
 /// How long each part of a launch took, for the log.

@@ -198,6 +198,13 @@ struct RunArgs {
     /// Add to the kernel command line
     #[arg(long)]
     append: Option<String>,
+    /// What to fetch ahead of the guest: auto, none, all, replay, intersect, readahead:N, twinkle:N,P or
+    /// color:EXECUTABLE,DATA [default: auto from a shared store, none from one on this disk]
+    #[arg(long, requires = "from")]
+    prefetch: Option<String>,
+    /// How much to fetch ahead, from 0 (as little as possible) to 1 (a full copy) [default: 0.5]
+    #[arg(long, requires = "from")]
+    eager: Option<f32>,
     /// Print JSON
     #[arg(long)]
     json: bool,

@@ -23,6 +23,8 @@ pub(super) fn run(client: &Client, args: &RunArgs) -> Outcome {
         publish: args.publish.clone(),
         accelerator: args.accelerator.clone(),
         append: args.append.clone(),
+        prefetch: args.prefetch.clone(),
+        eager: args.eager,
     };
     let vm: Vm = client.post("/v1/vms", &request)?;
     if args.json {

@@ -1,0 +1,184 @@
+//! What is fetched ahead for VMs that start from snapshots, and what is learnt from each for the next.
+//!
+//! The profile of a snapshot is a head of its own beside it (`profile/VM/TAG`), because the snapshot never changes and
+//! the profile does. Several nodes may learn at once: each adds its recording by a swap of the head, and does so again
+//! where another was faster. A profile says which snapshot it is of; where a tag was taken anew, it does not count.
+
+use crate::error::{Error, Result};
+use crate::node::Shared;
+use crate::record::SnapshotMeta;
+use base::{Bitmap, PAGE, RamMap, Source};
+use guest::plan::{Eager, Policy, Profile, Space, Template, Touch, settled, traits};
+use mirror::control::Foresee;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use store::{Expect, Manifest};
+
+/// Recordings after which a profile is good enough: recording costs a VM a little.
+const RECORDINGS_ENOUGH: u32 = 8;
+/// How often a recording is looked at, and the longest that one takes.
+const LOOK: Duration = Duration::from_millis(500);
+const RECORD_MAX_MS: u32 = 60_000;
+/// A VM that ended before it ran so long taught nothing.
+const RECORD_MIN_MS: u32 = 500;
+/// Tries to add a recording where others add theirs.
+const LEARN_TRIES: u32 = 8;
+
+/// What is wanted for one VM.
+#[derive(Clone, Debug)]
+pub struct Ahead {
+    policy: Policy,
+    eager: Eager,
+    /// Name of the snapshot, as in `web@1`.
+    pub(crate) snapshot: String,
+    /// Its id, also of its RAM file.
+    id: u64,
+    template: Option<PathBuf>,
+    pub(crate) record: bool,
+}
+
+impl Ahead {
+    /// Finds out what is known of the snapshot, and writes it where the mirror reads it.
+    pub(crate) fn prepare(
+        shared: &Shared,
+        (snapshot, meta): (&str, &SnapshotMeta),
+        map: &RamMap,
+        dir: &Path,
+        (policy, eager): (Policy, Eager),
+    ) -> Self {
+        let ahead = Self { policy, eager, snapshot: snapshot.to_owned(), id: meta.id, template: None, record: false };
+        // Whatever fails here costs speed and nothing else.
+        let profile = match profile_of(shared, snapshot, meta.id) {
+            Ok((profile, _)) => profile,
+            Err(error) => {
+                log::warn!("the access profile of {snapshot}: {}", error.whole());
+                return ahead;
+            }
+        };
+        let record = profile.recordings() < RECORDINGS_ENOUGH;
+        if ahead.policy == Policy::None {
+            return Self { record, ..ahead };
+        }
+        let path = dir.join("template");
+        match crate::home::write_atomically(&path, &template(map, profile).encode(), false) {
+            Ok(()) => Self { template: Some(path), record, ..ahead },
+            Err(error) => {
+                log::warn!("what is known of {snapshot}: {}", error.whole());
+                Self { record, ..ahead }
+            }
+        }
+    }
+
+    /// What the mirror is told, of a VM whose RAM lies at `address`.
+    pub(crate) fn spec(&self, vm: &str, map: &RamMap, address: u64) -> Foresee {
+        Foresee {
+            vm: vm.to_owned(),
+            ram: self.id,
+            map: map.encode(),
+            address,
+            template: self.template.clone(),
+            policy: self.policy.to_string(),
+            eager: self.eager.dial(),
+            record: self.record,
+        }
+    }
+
+    /// Waits until the VM's working set has settled, in a thread of its own, and adds it to the profile.
+    pub(crate) fn learn(&self, shared: &Arc<Shared>, vm: &str) {
+        let (shared, vm, snapshot, id) = (Arc::downgrade(shared), vm.to_owned(), self.snapshot.clone(), self.id);
+        let name = vm.clone();
+        let recorder = move || {
+            loop {
+                std::thread::sleep(LOOK);
+                let Some(shared) = shared.upgrade() else { return };
+                // It has ended, or another mirror has come, which did not see it start.
+                let Ok(seen) = shared.mirror.recording(&vm, false) else { return };
+                if seen.settled_ms.is_none() && seen.seen_ms < RECORD_MAX_MS {
+                    continue;
+                }
+                let taught = shared.mirror.recording(&vm, true).and_then(|r| add(&shared, &snapshot, id, &r));
+                match taught {
+                    Ok(profile) => log::info!("{snapshot}: {}", profile.describe()),
+                    Err(error) => log::warn!("what {vm} touched is not kept: {}", error.whole()),
+                }
+                return;
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("vm-learn".into()).spawn(recorder) {
+            log::warn!("{name} is not recorded: {error}");
+        }
+    }
+}
+
+/// As it is asked for, or what suits the store: from one far away, what is likely to be touched is fetched ahead; from
+/// one on this disk a fault costs less than any guess.
+pub(crate) fn chosen(shared: &Shared, policy: Option<&str>, eager: Option<f32>) -> Result<(Policy, Eager)> {
+    let policy = match policy {
+        Some(text) => text.parse().map_err(|why| Error::Invalid(format!("--prefetch {why}")))?,
+        None if shared.is_shared() => Policy::Auto,
+        None => Policy::None,
+    };
+    let eager = eager.map_or(Ok(Eager::default()), Eager::new);
+    Ok((policy, eager.map_err(|why| Error::Invalid(format!("--eager {why}")))?))
+}
+
+fn template(map: &RamMap, profile: Profile) -> Template {
+    let pages = map.size() / PAGE;
+    let mut stored = Bitmap::new(pages);
+    for (range, source) in map.extents() {
+        if matches!(source, Source::File(_)) {
+            stored.set_range(range.start / PAGE, range.end / PAGE);
+        }
+    }
+    Template { space: Space::new(vec![0; pages as usize], |_| (0, 0)), traits: traits(), stored, profile }
+}
+
+/// The head of a snapshot's profile.
+pub(crate) fn profile_head(snapshot: &str) -> String {
+    format!("profile/{}", snapshot.replacen('@', "/", 1))
+}
+
+/// The profile of a snapshot, empty where there is none, and how its head is to be swapped.
+fn profile_of(shared: &Shared, snapshot: &str, id: u64) -> Result<(Profile, Expect)> {
+    let Some((manifest, etag)) = shared.store.head(&profile_head(snapshot))? else {
+        return Ok((Profile::default(), Expect::Absent));
+    };
+    let none = (Profile::default(), Expect::Etag(etag.clone()));
+    let Some(version) = manifest.versions.get("profile").filter(|_| manifest.meta == format!("{id:016x}")) else {
+        return Ok(none);
+    };
+    let mut bytes = vec![0; version.size as usize];
+    shared.store.read_at(version, 0, &mut bytes)?;
+    match Profile::decode(&bytes) {
+        Ok(profile) => Ok((profile, Expect::Etag(etag))),
+        Err(error) => {
+            log::warn!("{snapshot}: {error}; it is learnt anew");
+            Ok(none)
+        }
+    }
+}
+
+/// Adds a recording to the profile of a snapshot.
+fn add(shared: &Shared, snapshot: &str, id: u64, recording: &mirror::control::Recording) -> Result<Profile> {
+    if recording.seen_ms < RECORD_MIN_MS {
+        return Err(Error::Conflict(format!("it ran for {} ms only", recording.seen_ms)));
+    }
+    let times: Vec<u32> = recording.touches.iter().map(|(_, ms)| *ms).collect();
+    let until = settled(&times, recording.seen_ms).unwrap_or(u32::MAX);
+    let touches: Vec<Touch> =
+        recording.touches.iter().filter(|(_, ms)| *ms <= until).map(|&(page, ms)| Touch { page, ms }).collect();
+    let mut tries = 1;
+    loop {
+        let (mut profile, expect) = profile_of(shared, snapshot, id)?;
+        profile.add(&touches);
+        let transaction = shared.store.begin();
+        let version = transaction.put_bytes(&profile.encode())?;
+        let manifest = Manifest { versions: [("profile".to_owned(), version)].into(), meta: format!("{id:016x}") };
+        match transaction.publish(&profile_head(snapshot), expect, &manifest) {
+            Ok(_) => return Ok(profile),
+            Err(store::Error::HeadChanged { .. }) if tries < LEARN_TRIES => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
