@@ -5,11 +5,12 @@
 //! layers), and what its cache holds as soon as the copies that this keeps have been read.
 
 use crate::control::{StoreState, Warmth};
+use crate::home::{read_json_or_default, replace_json_durably};
 use crate::resolve::{VersionError, Versions};
 use base::ByteRange;
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 use store::engine::Cached;
@@ -36,7 +37,8 @@ pub struct StoreVersions {
     trouble: Mutex<Option<String>>,
     tried: Condvar,
     /// Chunks kept in the cache, by the name that they were asked for under.
-    pins: Mutex<BTreeMap<String, Pin>>,
+    pins: Mutex<BTreeMap<String, (Vec<String>, Pin)>>,
+    pins_file: Option<PathBuf>,
 }
 
 impl StoreVersions {
@@ -54,10 +56,12 @@ impl StoreVersions {
     ///
     /// # Errors
     /// No thread can be had.
+    /// `pins` is a file in which it is kept what is pinned in the cache.
     pub fn open_in_background(
+        pins: PathBuf,
         open: impl Fn() -> Result<Opened, String> + Send + 'static,
     ) -> std::io::Result<Arc<Self>> {
-        let versions = Arc::new(Self::closed());
+        let versions = Arc::new(Self { pins_file: Some(pins), ..Self::closed() });
         let mine = Arc::clone(&versions);
         std::thread::Builder::new().name("mirror-store".to_owned()).spawn(move || {
             loop {
@@ -67,6 +71,7 @@ impl StoreVersions {
                         // A reader is before its look or in its wait, not between.
                         drop(mine.trouble.lock().expect("no holder panics"));
                         mine.tried.notify_all();
+                        mine.pin_again();
                         return;
                     }
                     Err(why) => {
@@ -85,7 +90,7 @@ impl StoreVersions {
     }
 
     fn closed() -> Self {
-        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default() }
+        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default(), pins_file: None }
     }
 
     /// Whoever comes while it is opened for the first time waits a while: a mirror just started is no fault.
@@ -98,6 +103,27 @@ impl StoreVersions {
         let (trouble, _) = self.tried.wait_timeout_while(trouble, OPEN_WAIT, tried).expect("no holder panics");
         let why = trouble.as_deref().unwrap_or("its medium does not answer");
         self.opened.get().ok_or_else(|| format!("the store is not open yet: {why}"))
+    }
+
+    /// Notes what is pinned, for the next mirror.
+    fn keep_pins(&self, pins: &BTreeMap<String, (Vec<String>, Pin)>) -> Result<(), String> {
+        let Some(file) = &self.pins_file else { return Ok(()) };
+        let named: BTreeMap<&String, &Vec<String>> = pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
+        replace_json_durably(file, &named).map_err(|e| format!("keeping the list of what is pinned: {e}"))
+    }
+
+    /// Pins what the last mirror had pinned.
+    fn pin_again(&self) {
+        let Some(file) = &self.pins_file else { return };
+        let named: BTreeMap<String, Vec<String>> = read_json_or_default(file).unwrap_or_else(|error| {
+            log::error!("what was pinned in the cache is not known any more: {error}");
+            BTreeMap::new()
+        });
+        for (name, versions) in named {
+            if let Err(error) = self.warm(&name, &versions, true, true) {
+                log::error!("{name} is not pinned in the cache any more: {error}");
+            }
+        }
     }
 
     /// The store and a version of it.
@@ -154,7 +180,9 @@ impl Versions for StoreVersions {
         }
         if begin && pin {
             let pin = cache.pin(&places).map_err(|e| e.to_string())?;
-            self.pins.lock().expect("no holder panics").insert(name.to_owned(), pin);
+            let mut pins = self.pins.lock().expect("no holder panics");
+            pins.insert(name.to_owned(), (versions.to_vec(), pin));
+            self.keep_pins(&pins)?;
         } else if begin {
             cache.prefetch(&places);
         }
@@ -171,7 +199,12 @@ impl Versions for StoreVersions {
     }
 
     fn unpin(&self, name: &str) -> bool {
-        self.pins.lock().expect("no holder panics").remove(name).is_some()
+        let mut pins = self.pins.lock().expect("no holder panics");
+        let removed = pins.remove(name).is_some();
+        if let Err(error) = self.keep_pins(&pins) {
+            log::warn!("{error}");
+        }
+        removed
     }
 }
 

@@ -20,6 +20,7 @@ mod observe;
 pub mod place;
 pub mod record;
 mod recover;
+mod shared;
 mod snapshots;
 mod sweep;
 pub mod sys;

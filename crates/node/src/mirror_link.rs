@@ -10,7 +10,7 @@ use crate::home::Home;
 use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
-use mirror::control::{Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, ViewChanges};
+use mirror::control::{Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, StoreState, ViewChanges, Warmth};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -282,6 +282,30 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn stats(&self, vm: Option<&str>) -> Result<Stats> {
         self.client().stats(vm).map_err(refused)
+    }
+
+    /// How the store does.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn store(&self) -> Result<StoreState> {
+        self.client().store().map_err(refused)
+    }
+
+    /// How much of some versions is in the cache.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn warm(&self, name: &str, versions: &[String], begin: bool, pin: bool) -> Result<Warmth> {
+        self.client().warm(name, versions, begin, pin).map_err(refused)
+    }
+
+    /// Lets the cache evict what was pinned; whether something was.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn unpin(&self, name: &str) -> Result<bool> {
+        self.client().unpin(name).map_err(refused)
     }
 
     /// Why a VM waits for a page, where it does.

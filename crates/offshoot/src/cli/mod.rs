@@ -123,6 +123,8 @@ enum Command {
     },
     /// Drop old snapshots by rule, and give back the space that nothing reaches
     Gc(GcArgs),
+    /// Fetch images, snapshots and blobs into this node's cache of a shared store, before they are needed
+    Warm(WarmArgs),
     /// Keep versioned arrays of bytes: write, read any version, clone, compare, tag
     #[command(subcommand)]
     Blob(BlobCommand),
@@ -317,6 +319,22 @@ struct TransferArgs {
 }
 
 #[derive(Args)]
+struct WarmArgs {
+    /// VM@TAG (a snapshot), NAME (an image) or blob:NAME
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Keep it there until --unpin
+    #[arg(long, conflicts_with = "unpin")]
+    pin: bool,
+    /// Let it go again
+    #[arg(long)]
+    unpin: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct GcArgs {
     /// Say what would be done and why, and do nothing
     #[arg(long)]
@@ -327,6 +345,9 @@ struct GcArgs {
     /// Keep snapshots not older than this, as in 7days, and drop the others
     #[arg(long, value_parser = humantime::parse_duration)]
     keep_within: Option<std::time::Duration>,
+    /// Drop what a node that is gone kept for itself in a shared store; --dry-run lists nodes by id
+    #[arg(long, value_name = "ID")]
+    drop_node: Option<String>,
     /// Clean up another store instead
     #[arg(long)]
     store: Option<String>,
@@ -576,6 +597,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Pull(args) => stores::transfer(&client, stores::Way::Pull, args),
         Command::Remote { store, json } => stores::remote(&client, store, *json),
         Command::Gc(args) => stores::gc(&client, args),
+        Command::Warm(args) => stores::warm(&client, args),
         Command::Blob(command) => blobs::blob(&client, command),
         Command::Nbd(command) => disks::nbd(&client, command),
         Command::Export(args) => disks::export(&client, args),
