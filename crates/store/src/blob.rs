@@ -26,7 +26,7 @@
 //! reader of a blob had to resolve, and what asks for it, the disks and memory of a machine, is one head already.
 
 mod edit;
-mod history;
+pub(crate) mod history;
 mod publish;
 mod snapshot;
 
