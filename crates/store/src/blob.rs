@@ -173,6 +173,11 @@ pub(crate) fn logical_bytes(head: &str, manifest: &Manifest) -> u64 {
     latest.map_or_else(|| manifest.versions.values().map(|version| version.size).sum(), |version| version.size)
 }
 
+/// Whether what `head` calls `called` serves versions that are not the latest: history and log of a blob.
+pub(crate) fn is_past(head: &str, called: &str) -> bool {
+    head.starts_with(PREFIX) && called != history::LATEST
+}
+
 fn check_size(size: u64) -> Result<(), Error> {
     if size <= BLOB_BYTES_MAX {
         return Ok(());
