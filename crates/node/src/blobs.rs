@@ -171,7 +171,9 @@ impl Node {
     /// # Errors
     /// Where there is no such blob, or the range reaches beyond its end.
     pub fn zero_blob(&self, name: &str, range: ByteRange) -> Result<BlobChanged> {
-        Ok(BlobChanged { number: self.blob(name)?.zero(range)?, bytes: range.len() })
+        let number = self.blob(name)?.zero(range)?;
+        self.committer.note_commit();
+        Ok(BlobChanged { number, bytes: range.len() })
     }
 
     /// Cuts a blob, or makes it grow with zeros.
@@ -181,7 +183,9 @@ impl Node {
     pub fn resize_blob(&self, name: &str, size: u64) -> Result<BlobChanged> {
         let blob = self.blob(name)?;
         let before = blob.latest()?.1.size;
-        Ok(BlobChanged { number: blob.resize(size)?, bytes: before.abs_diff(size) })
+        let number = blob.resize(size)?;
+        self.committer.note_commit();
+        Ok(BlobChanged { number, bytes: before.abs_diff(size) })
     }
 
     /// Makes clones of a version.

@@ -26,7 +26,7 @@
 //! reader of a blob had to resolve, and what asks for it, the disks and memory of a machine, is one head already.
 
 mod edit;
-mod history;
+pub(crate) mod history;
 mod publish;
 mod snapshot;
 
@@ -171,6 +171,11 @@ impl Store {
 pub(crate) fn logical_bytes(head: &str, manifest: &Manifest) -> u64 {
     let latest = manifest.versions.get(history::LATEST).filter(|_| head.starts_with(PREFIX));
     latest.map_or_else(|| manifest.versions.values().map(|version| version.size).sum(), |version| version.size)
+}
+
+/// Whether what `head` calls `called` serves versions that are not the latest: history and log of a blob.
+pub(crate) fn is_past(head: &str, called: &str) -> bool {
+    head.starts_with(PREFIX) && called != history::LATEST
 }
 
 fn check_size(size: u64) -> Result<(), Error> {

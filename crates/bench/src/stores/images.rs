@@ -11,10 +11,11 @@ use std::process::Command;
 use std::time::Instant;
 
 /// A home whose daemon ends with it.
-struct Home(Host);
+pub(super) struct Home(pub(super) Host);
 
 impl Home {
-    fn open(bench: &Bench<'_>, dir: &Path) -> Outcome<Self> {
+    /// Starts the daemon of a home.
+    pub(super) fn open(bench: &Bench<'_>, dir: &Path) -> Outcome<Self> {
         std::fs::create_dir_all(dir)?;
         Host::open(bench.program, dir).map(Self)
     }

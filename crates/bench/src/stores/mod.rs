@@ -3,11 +3,13 @@
 //! - `blobs`: clones, commits and reads of blobs, in this process, on the embedded engine and on S3.
 //! - `disks`: a disk through the mirror's FUSE and NBD fronts, beside a plain file and `qemu-nbd`.
 //! - `images`: bringing disks in, beside `qemu-img convert`.
+//! - `sizes`: what sizes of blocks, frames and packs cost; only where it is named.
 
 mod blobs;
 mod disks;
 mod images;
 mod origin;
+mod sizes;
 
 use crate::report::Figure;
 use crate::{Outcome, report};
@@ -55,12 +57,13 @@ type Part = fn(&Bench<'_>) -> Outcome<Vec<Figure>>;
 pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     let quick = std::env::var_os("BENCH_QUICK").is_some_and(|q| !q.is_empty() && q != "0");
     let bench = Bench { program, dir: dir.to_owned(), quick };
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("blobs", blobs::local),
         ("history", blobs::history),
         ("s3", blobs::s3),
         ("disks", disks::run),
         ("images", images::run),
+        ("sizes", sizes::run),
     ];
     if let Some(unknown) = only.iter().find(|name| parts.iter().all(|(part, _)| part != name)) {
         let known: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
@@ -68,10 +71,14 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     }
     let (mut figures, mut failed) = (Vec::new(), Vec::new());
     for (name, part) in parts {
-        if only.is_empty() || only.iter().any(|wanted| wanted == name) {
+        if only.is_empty() && name != "sizes" || only.iter().any(|wanted| wanted == name) {
             println!("-- {name}");
             match part(&bench) {
-                Ok(found) => figures.extend(found),
+                // What was measured lasts, whatever becomes of the parts that follow.
+                Ok(found) => {
+                    figures.extend(found);
+                    report::save(to, &figures)?;
+                }
                 // The others are worth having all the same.
                 Err(error) => {
                     eprintln!("{name}: {error}");
