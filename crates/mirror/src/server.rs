@@ -138,6 +138,7 @@ impl Server {
             }
             Request::Stats { vm } => send(stream, &Reply::Ok(core.stats(vm.as_deref()))),
             Request::Prefetch { object, ranges, vm } => send(stream, &reply(self.prefetch(object, &ranges, vm))),
+            Request::Tree(request) => send(stream, &core.serve_tree(request)),
             Request::FuseFd => unreachable!("answered where the descriptor is passed"),
             Request::Shutdown { unmount } => {
                 let done = if unmount { self.unmount() } else { Ok(()) };

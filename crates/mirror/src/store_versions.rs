@@ -1,9 +1,10 @@
 //! Versions of the store itself.
 
-use crate::resolve::{VersionError, Versions};
+use crate::resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
 use base::ByteRange;
 use std::error::Error as _;
 use std::path::Path;
+use store::blob::BlobInfo;
 use store::{Error, Mode, Store, Version};
 
 /// A store, opened read-only beside the daemon that writes it.
@@ -42,6 +43,50 @@ impl Versions for StoreVersions {
         let inside = ByteRange::new(range.start.min(parsed.size), range.end.min(parsed.size));
         let found = self.store.data_ranges_in(&parsed, inside, most).map_err(|e| failed(version, offset, &e))?;
         Ok(if found.1 == inside.end { (found.0, range.end) } else { found })
+    }
+
+    fn blobs(&self) -> Result<Vec<String>, VersionError> {
+        self.store.blobs().map_err(|e| failed("of any blob", 0, &e))
+    }
+
+    fn blob(&self, name: &str) -> Result<Option<BlobEntry>, VersionError> {
+        let info = self.store.blob(name).and_then(|blob| blob.info());
+        let entry = |info: BlobInfo| BlobEntry { latest: info.latest, tags: info.tags, created_ms: info.created_ms };
+        there(name, info.map(entry))
+    }
+
+    fn blob_version(&self, name: &str, number: u64) -> Result<Option<BlobVersionEntry>, VersionError> {
+        let found = self.store.blob(name).and_then(|blob| {
+            let (_, version) = blob.version(number)?;
+            let logged = blob.log(number..number + 1)?;
+            let time_ms = logged.first().map_or(0, |entry| entry.time_ms);
+            Ok(BlobVersionEntry { version: version.to_string(), size: version.size, time_ms })
+        });
+        there(name, found)
+    }
+
+    fn blob_versions(&self, name: &str, from: u64, most: usize) -> Result<Vec<u64>, VersionError> {
+        let mut found = Vec::new();
+        let mut at = from;
+        while found.len() < most {
+            let entries = self.store.blob(name).and_then(|blob| blob.log(at..at.saturating_add(most as u64)));
+            let Some(entries) = there(name, entries)? else { break };
+            let Some(last) = entries.last() else { break };
+            at = last.number + 1;
+            found.extend(entries.iter().filter(|entry| !entry.deleted).map(|entry| entry.number));
+        }
+        found.truncate(most);
+        Ok(found)
+    }
+}
+
+/// What is not there is no error.
+fn there<T>(name: &str, found: Result<T, Error>) -> Result<Option<T>, VersionError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        // A name that cannot be one names nothing.
+        Err(Error::NotFound { .. } | Error::Invalid(_)) => Ok(None),
+        Err(e) => Err(failed(&format!("of blob {name}"), 0, &e)),
     }
 }
 
