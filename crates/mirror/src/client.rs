@@ -4,7 +4,8 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, StoreState, ViewChanges, Warmth,
+    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, StoreState, ViewChanges,
+    Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -16,6 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use thiserror::Error;
+
+mod tree;
 
 /// Time a call may take, unless told otherwise.
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
@@ -240,7 +243,7 @@ impl Client {
         self.connect(deadline).and_then(|()| self.receive_fd()).map_err(|e| self.unreachable(&Request::FuseFd, e))
     }
 
-    fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Answer<T> {
+    pub(crate) fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Answer<T> {
         self.call_within(request, self.limit)
     }
 

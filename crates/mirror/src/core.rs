@@ -10,6 +10,7 @@ use crate::objects::{Object, Objects};
 use crate::queue::{Demand, Outcome, PIECE, Prefetch};
 use crate::ram::RamTally;
 use crate::stats::{Vms, add};
+use crate::tree::Tree;
 use base::ByteRange;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -26,6 +27,7 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 /// The whole mirror.
 pub(crate) struct Core {
     pub(crate) objects: Objects,
+    pub(crate) tree: Tree,
     pub(crate) session: Session,
     pub(crate) session_name: String,
     pub(crate) vms: Vms,

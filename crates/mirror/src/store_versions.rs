@@ -6,13 +6,14 @@
 
 use crate::control::{StoreState, Warmth};
 use crate::home::{read_json_or_default, replace_json_durably};
-use crate::resolve::{VersionError, Versions};
+use crate::resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
 use base::ByteRange;
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
+use store::blob::BlobInfo;
 use store::engine::Cached;
 use store::engine::cached::Pin;
 use store::{Error, Mode, Store, Version};
@@ -90,7 +91,13 @@ impl StoreVersions {
     }
 
     fn closed() -> Self {
-        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default(), pins_file: None }
+        Self {
+            opened: OnceLock::new(),
+            trouble: Mutex::default(),
+            tried: Condvar::new(),
+            pins: Mutex::default(),
+            pins_file: None,
+        }
     }
 
     /// Whoever comes while it is opened for the first time waits a while: a mirror just started is no fault.
@@ -108,7 +115,8 @@ impl StoreVersions {
     /// Notes what is pinned, for the next mirror.
     fn keep_pins(&self, pins: &BTreeMap<String, (Vec<String>, Pin)>) -> Result<(), String> {
         let Some(file) = &self.pins_file else { return Ok(()) };
-        let named: BTreeMap<&String, &Vec<String>> = pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
+        let named: BTreeMap<&String, &Vec<String>> =
+            pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
         replace_json_durably(file, &named).map_err(|e| format!("keeping the list of what is pinned: {e}"))
     }
 
@@ -124,6 +132,12 @@ impl StoreVersions {
                 log::error!("{name} is not pinned in the cache any more: {error}");
             }
         }
+    }
+
+    /// The store, for what is asked of it by name.
+    fn store(&self, what: &str) -> Result<&Store, VersionError> {
+        let unavailable = |why| VersionError::Unavailable { version: what.to_owned(), offset: 0, why };
+        Ok(&self.opened().map_err(unavailable)?.store)
     }
 
     /// The store and a version of it.
@@ -205,6 +219,51 @@ impl Versions for StoreVersions {
             log::warn!("{error}");
         }
         removed
+    }
+
+    fn blobs(&self) -> Result<Vec<String>, VersionError> {
+        self.store("of any blob")?.blobs().map_err(|e| failed("of any blob", 0, &e))
+    }
+
+    fn blob(&self, name: &str) -> Result<Option<BlobEntry>, VersionError> {
+        let info = self.store(name)?.blob(name).and_then(|blob| blob.info());
+        let entry = |info: BlobInfo| BlobEntry { latest: info.latest, tags: info.tags, created_ms: info.created_ms };
+        there(name, info.map(entry))
+    }
+
+    fn blob_version(&self, name: &str, number: u64) -> Result<Option<BlobVersionEntry>, VersionError> {
+        let found = self.store(name)?.blob(name).and_then(|blob| {
+            let (_, version) = blob.version(number)?;
+            let logged = blob.log(number..number + 1)?;
+            let time_ms = logged.first().map_or(0, |entry| entry.time_ms);
+            Ok(BlobVersionEntry { version: version.to_string(), size: version.size, time_ms })
+        });
+        there(name, found)
+    }
+
+    fn blob_versions(&self, name: &str, from: u64, most: usize) -> Result<Vec<u64>, VersionError> {
+        let store = self.store(name)?;
+        let mut found = Vec::new();
+        let mut at = from;
+        while found.len() < most {
+            let entries = store.blob(name).and_then(|blob| blob.log(at..at.saturating_add(most as u64)));
+            let Some(entries) = there(name, entries)? else { break };
+            let Some(last) = entries.last() else { break };
+            at = last.number + 1;
+            found.extend(entries.iter().filter(|entry| !entry.deleted).map(|entry| entry.number));
+        }
+        found.truncate(most);
+        Ok(found)
+    }
+}
+
+/// What is not there is no error.
+fn there<T>(name: &str, found: Result<T, Error>) -> Result<Option<T>, VersionError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        // A name that cannot be one names nothing.
+        Err(Error::NotFound { .. } | Error::Invalid(_)) => Ok(None),
+        Err(e) => Err(failed(&format!("of blob {name}"), 0, &e)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::node::Node;
-use crate::sweep;
+use crate::{mirrored, sweep};
 use api::{Blob, BlobChanged, BlobClone, BlobCreate, BlobDiff, BlobSnapshot, BlobSnapshotRequest, BlobVersion};
 use base::ByteRange;
 use std::fs::File;
@@ -65,7 +65,7 @@ impl Node {
     /// # Errors
     /// Where there is none of that name.
     pub fn delete_blob(&self, name: &str) -> Result<()> {
-        self.blob(name)?.delete()?;
+        mirrored::deleting(&self.shared, name, None, || Ok(self.blob(name)?.delete()?))?;
         sweep::sweep(&self.shared)
     }
 
@@ -242,7 +242,7 @@ impl Node {
     /// # Errors
     /// Where it is the latest, tagged, or not there.
     pub fn delete_blob_version(&self, name: &str, number: u64) -> Result<()> {
-        self.blob(name)?.delete_version(number)?;
+        mirrored::deleting(&self.shared, name, Some(number), || Ok(self.blob(name)?.delete_version(number)?))?;
         sweep::sweep(&self.shared)
     }
 

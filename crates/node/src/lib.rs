@@ -14,6 +14,7 @@ pub mod image;
 mod images;
 pub mod lineage;
 pub mod mirror_link;
+mod mirrored;
 pub mod names;
 mod node;
 mod observe;

@@ -452,9 +452,31 @@ enum BlobCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Print the path of a version in the tree of blobs, which any program may open; what it writes stays local until
+    /// it is committed
+    Open {
+        /// NAME, NAME@NUMBER or NAME@TAG
+        version: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List versions that have local changes, or are open for writing
+    Files(ListArgs),
+    /// Make the local changes of a file in the tree of blobs the next version of its blob
+    Commit {
+        /// Its path, or NAME@NUMBER
+        file: String,
+    },
+    /// Drop the local changes of a file in the tree of blobs
+    Discard {
+        /// Its path, or NAME@NUMBER
+        file: String,
+    },
     /// Make blobs that begin as a version of another; costs the same whatever its size
     Clone {
-        /// NAME, NAME@NUMBER or NAME@TAG
+        /// NAME, NAME@NUMBER or NAME@TAG; or the path of a file in the tree of blobs, whose local changes then belong
+        /// to the clone
         version: String,
         /// Names of the clones
         #[arg(required = true)]
