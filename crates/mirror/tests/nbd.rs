@@ -352,6 +352,8 @@ fn what_was_answered_outlives_killed_mirrors() {
     let reads: Vec<String> = (0..200).map(|n| format!("read -P 10 {}", place(n))).collect();
     let text = qemu_io(&uri, &reads.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(!text.contains("Pattern verification failed"), "{text}");
+    // From the device, many at once.
+    mirror.drop_layers();
     fio(&["--verify_only"]);
     assert!(mirror.client().remove(&[0x100]).unwrap_err().to_string().contains("export d"));
     assert!(mirror.client().remove_export("d").unwrap() && !mirror.client().remove_export("d").unwrap());
