@@ -326,7 +326,10 @@ fn what_was_answered_outlives_killed_mirrors() {
     fio(&["--verify_only"]);
     // Under load, with a client that connects again: each write is answered once, by this mirror or by the next.
     let socket = socket(&mirror, "d");
-    let image = format!("driver=nbd,server.type=unix,server.path={},export=d,reconnect-delay=60", socket.display());
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export=d,reconnect-delay=60,open-timeout=60",
+        socket.display()
+    );
     let place = |n: usize| format!("{} 60k", 48 * MIB + (n % 200) * (64 << 10));
     let writes = (0..2000).flat_map(|n| ["-c".to_owned(), format!("write -P {} {}", 1 + n / 200, place(n))]);
     let mut child = Command::new("qemu-io")
