@@ -1,6 +1,8 @@
 //! What all threads of a mirror share.
 
 use crate::control::{Problem, Stats};
+use crate::front::aio::Aio;
+use crate::front::direct;
 use crate::front::name_of;
 use crate::front::nbd::Exports;
 use crate::front::session::Session;
@@ -37,6 +39,8 @@ pub(crate) struct Core {
     pub(crate) problems: Problems,
     pub(crate) crew: Crew,
     pub(crate) exports: Exports,
+    /// Reads of disks that the device works on.
+    pub(crate) direct: Option<Aio<direct::Ticket>>,
     pub(crate) max_readahead: u32,
     /// RAM files removed by this mirror: reads of them are over.
     pub(crate) removed: Mutex<HashSet<u64>>,

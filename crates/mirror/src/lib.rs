@@ -18,7 +18,7 @@
 //! **It never waits for itself**: it never opens a file of its own mount, and of other processes it reads only
 //! holders' memory, only pages that the holder owns itself.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod client;
 pub mod control;
@@ -187,6 +187,7 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         problems: Problems::default(),
         crew: workers::Crew::default(),
         exports: front::nbd::Exports::new(home.clone()),
+        direct: front::direct::queue(),
         max_readahead: config.max_readahead,
         removed: std::sync::Mutex::default(),
         ending: std::sync::atomic::AtomicBool::new(false),
@@ -212,6 +213,10 @@ fn start_helpers(core: &Arc<Core>) -> io::Result<()> {
     spawn("mirror-layers", move || pool.work())?;
     let asked = core.clone();
     spawn("mirror-asked", move || asked.watch_desk())?;
+    let landing = core.clone();
+    if core.direct.is_some() {
+        spawn("mirror-direct", move || landing.direct.iter().for_each(|aio| landing.answer_landed(aio)))?;
+    }
     let ahead = core.clone();
     spawn("mirror-prefetch", move || {
         // Linux gives each thread its own niceness.

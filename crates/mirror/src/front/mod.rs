@@ -9,6 +9,9 @@
 //! sends it again to the next one.
 
 pub(crate) mod abi;
+pub(crate) mod aio;
+pub(crate) mod buffer;
+pub(crate) mod direct;
 mod files;
 pub(crate) use files::{Answer, name_of};
 pub(crate) mod nbd;
