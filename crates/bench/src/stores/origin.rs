@@ -88,7 +88,7 @@ impl Origin {
 }
 
 /// Where `weed` is; installed below the build directory where it is not there.
-fn program() -> Outcome<PathBuf> {
+pub(super) fn program() -> Outcome<PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/weed");
     let out = Command::new(script).stdin(Stdio::null()).output()?;
     if !out.status.success() {
