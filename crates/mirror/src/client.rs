@@ -4,7 +4,7 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, ViewChanges,
+    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, StoreState, ViewChanges, Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -194,6 +194,30 @@ impl Client {
     pub fn prefetch(&mut self, object: u64, ranges: &[ByteRange], vm: Option<&str>) -> Answer<Queued> {
         let ranges = ranges.iter().map(|r| (r.start, r.end)).collect();
         self.call(&Request::Prefetch { object, ranges, vm: vm.map(str::to_owned) })
+    }
+
+    /// How the store does.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub fn store(&mut self) -> Answer<StoreState> {
+        self.call(&Request::Store)
+    }
+
+    /// How much of `versions` is in the node's cache; see [`crate::Versions::warm`].
+    ///
+    /// # Errors
+    /// There is no cache, the store does not answer, or there is no room.
+    pub fn warm(&mut self, name: &str, versions: &[String], begin: bool, pin: bool) -> Answer<Warmth> {
+        self.call_slow(&Request::Warm { name: name.to_owned(), versions: versions.to_vec(), begin, pin })
+    }
+
+    /// Lets the cache evict what was pinned under `name`; whether something was.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub fn unpin(&mut self, name: &str) -> Answer<bool> {
+        self.call(&Request::Unpin { name: name.to_owned() })
     }
 
     /// Ends the mirror, and unmounts if asked; VMs that still run wait for the next mirror otherwise.

@@ -144,6 +144,12 @@ pub enum Request {
         #[serde(default)]
         vm: Option<String>,
     },
+    /// How the store does. Answer: [`StoreState`].
+    Store,
+    /// How much of these versions is in the node's cache. Answer: [`Warmth`].
+    Warm { name: String, versions: Vec<String>, begin: bool, pin: bool },
+    /// Lets the cache evict what was pinned under a name. Answer: whether something was.
+    Unpin { name: String },
     /// Passes the FUSE descriptor.
     FuseFd,
     /// Ends the mirror; VMs wait for the next one, unless it is to unmount.
@@ -265,6 +271,36 @@ pub struct Stats {
     pub prefetch_queued: u64,
     /// Worker threads now.
     pub threads: u64,
+}
+
+/// How the store does, as the mirror sees it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StoreState {
+    /// Whether it is open.
+    pub open: bool,
+    /// Why not.
+    pub trouble: Option<String>,
+    /// How its medium answers: `store::engine::Health`.
+    pub health: serde_json::Value,
+    /// Counters of the cache, where there is one: `store::engine::cached::CacheStats`.
+    pub cache: Option<serde_json::Value>,
+    /// What is wrong with it: `store::engine::cached::CacheHealth`.
+    pub condition: Option<serde_json::Value>,
+}
+
+/// How much of something is in the node's cache.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Warmth {
+    /// Bytes of the chunks that hold it.
+    pub bytes: u64,
+    /// Of these, bytes that are not here.
+    pub missing_bytes: u64,
+    /// Bytes that the cache has room for.
+    pub room_bytes: u64,
+    /// Whether nothing is being fetched ahead.
+    pub idle: bool,
+    /// Why the store does not answer, where it does not.
+    pub away: Option<String>,
 }
 
 /// A read of RAM that waits.

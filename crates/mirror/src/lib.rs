@@ -39,7 +39,7 @@ pub use control::{Below, ExportSource, ExportSpec, OverlaySpec, RamSource, RamSp
 pub use ram::{Holder, process_start};
 pub use resolve::{VersionError, Versions};
 pub use stats::{BUCKETS, VmStats};
-pub use store_versions::StoreVersions;
+pub use store_versions::{Opened, StoreVersions};
 
 use crate::core::{Core, Problems};
 use crate::front::session::Session;

@@ -1,5 +1,6 @@
 //! Where bytes of versions come from: the narrow door to the store.
 
+use crate::control::{StoreState, Warmth};
 use base::ByteRange;
 use thiserror::Error;
 
@@ -22,6 +23,27 @@ pub trait Versions: Send + Sync {
     /// # Errors
     /// As [`Versions::read_at`].
     fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError>;
+
+    /// How the store and the cache before it do.
+    fn state(&self) -> StoreState {
+        StoreState { open: true, ..StoreState::default() }
+    }
+
+    /// Says how much of `versions` is in the node's cache. With `begin`, what is missing is fetched in the background;
+    /// with `pin`, none of it is evicted until [`Versions::unpin`] of that name.
+    ///
+    /// # Errors
+    /// There is no cache, the store cannot say where they lie, or there is no room to pin them.
+    fn warm(&self, name: &str, versions: &[String], begin: bool, pin: bool) -> Result<Warmth, String> {
+        let _ = (name, versions, begin, pin);
+        Err("there is no cache".to_owned())
+    }
+
+    /// Lets go what was pinned under a name; whether something was.
+    fn unpin(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
 }
 
 /// Why a version's bytes cannot be served.

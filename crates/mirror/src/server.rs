@@ -138,6 +138,11 @@ impl Server {
             }
             Request::Stats { vm } => send(stream, &Reply::Ok(core.stats(vm.as_deref()))),
             Request::Prefetch { object, ranges, vm } => send(stream, &reply(self.prefetch(object, &ranges, vm))),
+            Request::Store => send(stream, &Reply::Ok(objects.versions().state())),
+            Request::Warm { name, versions, begin, pin } => {
+                send(stream, &reply(objects.versions().warm(&name, &versions, begin, pin)))
+            }
+            Request::Unpin { name } => send(stream, &Reply::Ok(objects.versions().unpin(&name))),
             Request::FuseFd => unreachable!("answered where the descriptor is passed"),
             Request::Shutdown { unmount } => {
                 let done = if unmount { self.unmount() } else { Ok(()) };

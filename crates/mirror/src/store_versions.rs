@@ -1,14 +1,42 @@
 //! Versions of the store itself.
+//!
+//! A store on this disk is opened before anything is served. One behind a network is opened in the background and
+//! tried again for ever: a mirror that takes over while it is away serves at once what needs no store (holders,
+//! layers), and what its cache holds as soon as the copies that this keeps have been read.
 
+use crate::control::{StoreState, Warmth};
 use crate::resolve::{VersionError, Versions};
 use base::ByteRange;
+use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::Duration;
+use store::engine::Cached;
+use store::engine::cached::Pin;
 use store::{Error, Mode, Store, Version};
+
+/// How long after a failure a store is opened again.
+const OPEN_AGAIN: Duration = Duration::from_secs(1);
+/// How long a reader waits for the first attempt.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
+
+/// A store that was opened.
+pub struct Opened {
+    /// Read-only.
+    pub store: Store,
+    /// The cache that it reads through, where there is one.
+    pub cache: Option<Arc<Cached>>,
+}
 
 /// A store, opened read-only beside the daemon that writes it.
 pub struct StoreVersions {
-    store: Store,
+    opened: OnceLock<Opened>,
+    /// Why it is not open, once the first attempt has failed.
+    trouble: Mutex<Option<String>>,
+    tried: Condvar,
+    /// Chunks kept in the cache, by the name that they were asked for under.
+    pins: Mutex<BTreeMap<String, Pin>>,
 }
 
 impl StoreVersions {
@@ -17,31 +45,133 @@ impl StoreVersions {
     /// # Errors
     /// There is no store, or this release cannot read it.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        Ok(Self { store: Store::open(dir, Mode::ReadOnly)? })
+        let versions = Self::closed();
+        let _ = versions.opened.set(Opened { store: Store::open(dir, Mode::ReadOnly)?, cache: None });
+        Ok(versions)
+    }
+
+    /// Opens a store in the background; until that succeeds, everything of it is unavailable.
+    ///
+    /// # Errors
+    /// No thread can be had.
+    pub fn open_in_background(
+        open: impl Fn() -> Result<Opened, String> + Send + 'static,
+    ) -> std::io::Result<Arc<Self>> {
+        let versions = Arc::new(Self::closed());
+        let mine = Arc::clone(&versions);
+        std::thread::Builder::new().name("mirror-store".to_owned()).spawn(move || {
+            loop {
+                match open() {
+                    Ok(opened) => {
+                        let _ = mine.opened.set(opened);
+                        // A reader is before its look or in its wait, not between.
+                        drop(mine.trouble.lock().expect("no holder panics"));
+                        mine.tried.notify_all();
+                        return;
+                    }
+                    Err(why) => {
+                        let mut trouble = mine.trouble.lock().expect("no holder panics");
+                        if trouble.as_ref() != Some(&why) {
+                            log::error!("the store is not open yet: {why}");
+                        }
+                        *trouble = Some(why);
+                    }
+                }
+                mine.tried.notify_all();
+                std::thread::sleep(OPEN_AGAIN);
+            }
+        })?;
+        Ok(versions)
+    }
+
+    fn closed() -> Self {
+        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default() }
+    }
+
+    /// Whoever comes while it is opened for the first time waits a while: a mirror just started is no fault.
+    fn opened(&self) -> Result<&Opened, String> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let trouble = self.trouble.lock().expect("no holder panics");
+        let tried = |trouble: &mut Option<String>| trouble.is_none() && self.opened.get().is_none();
+        let (trouble, _) = self.tried.wait_timeout_while(trouble, OPEN_WAIT, tried).expect("no holder panics");
+        let why = trouble.as_deref().unwrap_or("its medium does not answer");
+        self.opened.get().ok_or_else(|| format!("the store is not open yet: {why}"))
+    }
+
+    /// The store and a version of it.
+    fn of(&self, version: &str, offset: u64) -> Result<(&Store, Version), VersionError> {
+        let unavailable = |why: String| VersionError::Unavailable { version: version.to_owned(), offset, why };
+        let parsed = version.parse().map_err(|e| unavailable(format!("not a version: {e}")))?;
+        Ok((&self.opened().map_err(unavailable)?.store, parsed))
     }
 }
 
 impl Versions for StoreVersions {
     fn read_at(&self, version: &str, offset: u64, buf: &mut [u8]) -> Result<u64, VersionError> {
-        let unavailable = |why: String| VersionError::Unavailable { version: version.to_owned(), offset, why };
-        let parsed: Version = version.parse().map_err(|e| unavailable(format!("not a version: {e}")))?;
+        let (store, parsed) = self.of(version, offset)?;
         let len = buf.len().min(usize::try_from(parsed.size.saturating_sub(offset)).unwrap_or(usize::MAX));
         let (inside, beyond) = buf.split_at_mut(len);
         beyond.fill(0);
         if inside.is_empty() {
             return Ok(0);
         }
-        let read = self.store.read_at(&parsed, offset, inside);
+        let read = store.read_at(&parsed, offset, inside);
         read.map(|stat| stat.stored_bytes).map_err(|e| failed(version, offset, &e))
     }
 
     fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError> {
-        let offset = range.start;
-        let unavailable = |why: String| VersionError::Unavailable { version: version.to_owned(), offset, why };
-        let parsed: Version = version.parse().map_err(|e| unavailable(format!("not a version: {e}")))?;
+        let (store, parsed) = self.of(version, range.start)?;
         let inside = ByteRange::new(range.start.min(parsed.size), range.end.min(parsed.size));
-        let found = self.store.data_ranges_in(&parsed, inside, most).map_err(|e| failed(version, offset, &e))?;
+        let found = store.data_ranges_in(&parsed, inside, most).map_err(|e| failed(version, range.start, &e))?;
         Ok(if found.1 == inside.end { (found.0, range.end) } else { found })
+    }
+
+    fn state(&self) -> StoreState {
+        let json = |value: serde_json::Result<serde_json::Value>| value.expect("counters serialise");
+        match self.opened() {
+            Err(why) => StoreState { trouble: Some(why), ..StoreState::default() },
+            Ok(opened) => StoreState {
+                open: true,
+                trouble: None,
+                health: json(serde_json::to_value(opened.store.health())),
+                cache: opened.cache.as_ref().map(|cache| json(serde_json::to_value(cache.stats()))),
+                condition: opened.cache.as_ref().map(|cache| json(serde_json::to_value(cache.condition()))),
+            },
+        }
+    }
+
+    fn warm(&self, name: &str, versions: &[String], begin: bool, pin: bool) -> Result<Warmth, String> {
+        let opened = self.opened()?;
+        let Some(cache) = &opened.cache else {
+            return Err("this node's store is on its own disk: there is nothing to fetch ahead".to_owned());
+        };
+        let mut places = Vec::new();
+        for version in versions {
+            let parsed: Version = version.parse().map_err(|e| format!("{version}: not a version: {e}"))?;
+            places.extend(opened.store.places(&parsed).map_err(|e| with_sources(&e))?);
+        }
+        if begin && pin {
+            let pin = cache.pin(&places).map_err(|e| e.to_string())?;
+            self.pins.lock().expect("no holder panics").insert(name.to_owned(), pin);
+        } else if begin {
+            cache.prefetch(&places);
+        }
+        let (bytes, missing) = cache.holds(&places);
+        let stats = cache.stats();
+        let away = cache.condition().away;
+        Ok(Warmth {
+            bytes,
+            missing_bytes: missing,
+            room_bytes: stats.chunks_max * stats.chunk_bytes,
+            idle: cache.wait_for_prefetch(Duration::ZERO),
+            away,
+        })
+    }
+
+    fn unpin(&self, name: &str) -> bool {
+        self.pins.lock().expect("no holder panics").remove(name).is_some()
     }
 }
 

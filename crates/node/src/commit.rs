@@ -25,6 +25,9 @@ use store::{BlockSource, Changes, Manifest, Version};
 /// How long a commit that failed waits before it is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// How long after a sweep that found the store away the next one is tried.
+const OWED: Duration = Duration::from_secs(5);
+
 /// Commits by others behind which the store is tidied up.
 const TIDY: u64 = 64;
 
@@ -136,8 +139,11 @@ fn sweep_up(shared: &Arc<Shared>, desk: &Desk) {
     loop {
         {
             let mut state = desk.state.lock().expect("no holder panics");
-            while !state.sweep && !state.closing {
+            while !state.sweep && !state.closing && !shared.owed.load(Ordering::Acquire) {
                 state = desk.changed.wait(state).expect("no holder panics");
+            }
+            if shared.owed.load(Ordering::Acquire) && !state.closing {
+                state = desk.changed.wait_timeout(state, OWED).expect("no holder panics").0;
             }
             if state.closing {
                 return;
@@ -200,7 +206,7 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
     if !record.holder.alive() {
         return Err(Error::Host(format!("the process {} that held the RAM is gone", record.holder.pid)));
     }
-    let before = shared.store.stats().stored_bytes;
+    shared.recall()?;
     let transaction = shared.store.begin();
     let mut versions = BTreeMap::new();
     let report = |done: u64, total: u64| {
@@ -232,7 +238,7 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
             }
         }
     }
-    publish(shared, record, transaction, versions, before)?;
+    publish(shared, record, transaction, versions)?;
     let mut table = shared.versions.lock().expect("no holder panics");
     table.insert(record.id, ram);
     table.extend(views.iter().copied());
@@ -302,7 +308,6 @@ fn publish(
     record: &FreezeRecord,
     transaction: store::Transaction<'_>,
     versions: BTreeMap<String, Version>,
-    before: u64,
 ) -> Result<()> {
     let meta = SnapshotMeta {
         id: record.id,
@@ -315,11 +320,11 @@ fn publish(
         pause_ms: record.pause_ms,
         map: record.map.clone(),
         views: record.views.clone(),
-        stored_bytes: shared.store.stats().stored_bytes.saturating_sub(before),
+        stored_bytes: transaction.stored_bytes(),
     };
     let meta = serde_json::to_string(&meta).expect("records serialise");
     let manifest = Manifest { versions, meta };
-    transaction.publish(&format!("freeze/{:016x}", record.id), store::Expect::Any, &manifest)?;
+    transaction.publish(&shared.own_head("freeze", record.id), store::Expect::Any, &manifest)?;
     if let Some(tag) = &record.tag {
         let head = snapshot_head(&record.vm, tag);
         // A crash between the two heads repeats this commit, and meets its own snapshot.

@@ -57,6 +57,12 @@ impl Error {
         move |source| Self::Io { doing, path, source }
     }
 
+    /// Whether the store did not answer.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Store(error) if error.is_away())
+    }
+
     /// How it goes over the wire.
     #[must_use]
     pub fn body(&self) -> ErrorBody {
@@ -69,6 +75,7 @@ impl Error {
             Self::Conflict(_) | Self::Store(store::Error::HeadChanged { .. }) => ErrorKind::Conflict,
             Self::Host(_) | Self::Vmm(vmm::Error::Spawn { .. } | vmm::Error::Died { .. }) => ErrorKind::Host,
             Self::Store(store::Error::NoSpace { .. }) => ErrorKind::Host,
+            Self::Store(error) if error.is_away() => ErrorKind::Host,
             _ if full => ErrorKind::Host,
             _ => ErrorKind::Internal,
         };

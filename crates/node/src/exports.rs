@@ -7,7 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::home::write_atomically;
-use crate::node::{Node, Shared, pin_head};
+use crate::node::{Node, Shared};
 use crate::{image, names, record, snapshots, sweep};
 use api::{NbdExport, NbdRequest, NbdState};
 use mirror::{Below, ExportSource, ExportSpec};
@@ -148,7 +148,7 @@ impl Node {
         if let Err(error) = served {
             let _ = shared.forget_export(&record);
             let _ = record.overlay.filter(|_| record.writable).map(|id| shared.mirror.remove(&[id]));
-            let _ = shared.store.delete_head(&pin_head(id));
+            let _ = shared.store.delete_head(&shared.pin_head(id));
             return Err(error);
         }
         self.described(&record)
@@ -292,7 +292,7 @@ impl Node {
         for record in records.iter().filter(|r| r.ephemeral && !served.iter().any(|e| e.spec.name == r.name)) {
             self.shared.forget_export(record)?;
             // Not a sweep: that would have to wait for whoever makes objects, us among them.
-            self.shared.store.delete_head(&pin_head(record.id))?;
+            self.shared.store.delete_head(&self.shared.pin_head(record.id))?;
         }
         Ok(())
     }
@@ -306,7 +306,7 @@ impl Node {
             let noted = if record.writable {
                 self.shared.keep_export(&ExportRecord { socket: None, ..record.clone() })
             } else {
-                let _ = self.shared.store.delete_head(&pin_head(record.id));
+                let _ = self.shared.store.delete_head(&self.shared.pin_head(record.id));
                 self.shared.forget_export(&record)
             };
             if let Err(error) = ended.and(noted) {

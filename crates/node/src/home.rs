@@ -1,7 +1,9 @@
 //! The directory that holds everything a node knows, and ids that are never used twice.
 //!
 //! ```text
-//! <home>/store/                  the embedded store
+//! <home>/store/                  the embedded store, or
+//! <home>/store.json              which shared store it runs from, and
+//! <home>/cache/{mirror,daemon,near}   what is kept of that
 //! <home>/run/                    sockets, locks and logs of our processes
 //! <home>/mnt/{ram,disk}/<id>     the mirror's mount
 //! <home>/mirror/                 the mirror's records and layers
@@ -23,7 +25,7 @@ const SOCKET_PATH_MAX: usize = 108;
 /// Ids are reserved on disk in runs of this many, so that most cost no write.
 const RESERVE: u64 = 1024;
 /// Ids below belong to the mirror's root and fixed directories.
-const FIRST_ID: u64 = 4096;
+pub(crate) const FIRST_ID: u64 = 4096;
 
 /// The home directory.
 #[derive(Debug)]

@@ -74,7 +74,7 @@ impl Node {
 
     fn add_image(&self, name: &str, parts: &Parts, progress: Progress<'_>) -> Result<Image> {
         let added = image::add(&self.shared.store, name, parts, &mut |step| progress(step, 0, 0));
-        if added.is_err() {
+        if added.is_err() && !self.shared.is_shared() {
             // What was written before it failed is garbage; a full disk is wanted back now.
             let _ = self.shared.store.collect();
         }

@@ -47,6 +47,17 @@ pub fn start(exact: &RamMap, id: RamFileId, extents_max: usize) -> RamMap {
     map
 }
 
+/// The same content out of the one file `id`, which can answer for every page.
+#[must_use]
+pub fn whole(map: &RamMap, id: RamFileId) -> RamMap {
+    let mut out = map.clone();
+    let others: Vec<ByteRange> = map.extents().filter(|&(_, s)| s != Source::Zero).map(|(r, _)| r).collect();
+    for range in others {
+        out.set(range, Source::File(id));
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

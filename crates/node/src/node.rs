@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::exports::ExportRecord;
 use crate::home::Home;
 use crate::mirror_link::MirrorLink;
+use crate::place::Place;
 use crate::record::{self, FreezeRecord, Life, Origin, VmRecord};
 use crate::vm::{self, Source, Starting, Vm};
 use crate::{image, names, sweep};
@@ -33,8 +34,18 @@ const MEMORY: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 40;
 pub struct Shared {
     /// The directory of everything.
     pub home: Home,
-    /// The store; this process is its only writer.
+    /// The store; of an embedded one this process is the only writer.
     pub store: Arc<Store>,
+    /// Which store it is, where other nodes share it.
+    pub place: Option<Place>,
+    /// The daemon's cache of it.
+    pub(crate) cache: Option<Arc<store::engine::Cached>>,
+    /// What begins the names of this node's own heads.
+    own: String,
+    /// Whether `versions` has what the store knows.
+    pub(crate) recalled: Mutex<bool>,
+    /// Whether a sweep is owed that found the store away.
+    pub(crate) owed: AtomicBool,
     /// The mirror.
     pub mirror: Arc<MirrorLink>,
     /// The resident library on disk.
@@ -110,6 +121,26 @@ impl Shared {
         slots.values().filter_map(|s| if let Slot::Vm(vm) = s { Some(vm.clone()) } else { None }).collect()
     }
 
+    /// The name of a head that is this node's own.
+    pub(crate) fn own_head(&self, kind: &str, id: u64) -> String {
+        format!("{}{kind}/{id:016x}", self.own)
+    }
+
+    /// What begins the names of this node's own heads of a kind.
+    pub(crate) fn own_heads(&self, kind: &str) -> String {
+        format!("{}{kind}/", self.own)
+    }
+
+    /// The head that keeps versions for a VM or an export.
+    pub(crate) fn pin_head(&self, id: u64) -> String {
+        self.own_head("pin", id)
+    }
+
+    /// Whether other nodes use the store as well.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.place.is_some()
+    }
+
     pub(crate) fn vm_by_id(&self, id: u64) -> Option<Arc<Vm>> {
         self.vms().into_iter().find(|vm| vm.id == id)
     }
@@ -129,12 +160,23 @@ impl Node {
     /// # Errors
     /// Where another daemon has it, or a record is damaged.
     pub fn open(home: &Path, library: PathBuf) -> Result<Self> {
+        let mut place = Place::of(home)?;
+        // It gives the home its first id.
+        let opened = place.as_mut().map(|place| place.open(home)).transpose()?;
         let home = Home::open(home)?;
-        let store = Arc::new(Store::open(&home.path("store"), store::Mode::ReadWrite)?);
+        let (store, cache) = match opened {
+            Some(opened) => (opened.store, opened.cache),
+            None => (Arc::new(Store::open(&home.path("store"), store::Mode::ReadWrite)?), None),
+        };
         let mirror = MirrorLink::open(&home, || crate::recover::kept_descriptor(&home))?;
         let shared = Arc::new(Shared {
             home,
             store,
+            cache,
+            own: place.as_ref().map(Place::prefix).unwrap_or_default(),
+            place,
+            recalled: Mutex::default(),
+            owed: AtomicBool::default(),
             mirror,
             library,
             pending: Mutex::default(),
@@ -244,7 +286,7 @@ impl Node {
     /// Keeps versions in the store for as long as the VM exists.
     pub(crate) fn pin(&self, vm: u64, versions: BTreeMap<String, store::Version>) -> Result<()> {
         let manifest = store::Manifest { versions, meta: String::new() };
-        self.shared.store.begin().publish(&pin_head(vm), store::Expect::Absent, &manifest)?;
+        self.shared.store.begin().publish(&self.shared.pin_head(vm), store::Expect::Absent, &manifest)?;
         Ok(())
     }
 
@@ -566,11 +608,4 @@ pub(crate) fn new_uuid() -> Result<String> {
     std::fs::read_to_string("/proc/sys/kernel/random/uuid")
         .map(|text| text.trim().to_owned())
         .map_err(Error::io("read", "/proc/sys/kernel/random/uuid"))
-}
-
-/// What begins the heads that keep versions for VMs.
-pub(crate) const PINS: &str = "pin/";
-
-pub(crate) fn pin_head(vm: u64) -> String {
-    format!("{PINS}{vm:016x}")
 }

@@ -4,8 +4,8 @@
 use crate::commit::Committer;
 use crate::error::{Error, Result};
 use crate::home::Home;
-use crate::node::{Shared, Slot, pin_head};
-use crate::record::{self, FreezeRecord, Life, VmRecord};
+use crate::node::{Shared, Slot};
+use crate::record::{self, FreezeRecord, Life, SnapshotMeta, VmRecord};
 use crate::snapshots::meta;
 use crate::vm;
 use std::os::fd::OwnedFd;
@@ -38,7 +38,8 @@ pub(crate) fn kept_descriptor(home: &Home) -> Option<OwnedFd> {
 
 /// Brings the node's tables to what is there.
 pub(crate) fn recover(shared: &Arc<Shared>, committer: &Committer) -> Result<()> {
-    load_versions(shared)?;
+    // Of a store that is away nothing is known yet: it is recalled when it is needed and there.
+    shared.recall().or_else(|error| if error.is_away() { Ok(()) } else { Err(error) })?;
     for (id, size) in shared.mirror.blanks()? {
         shared.set_blank(size, id);
     }
@@ -84,24 +85,36 @@ pub(crate) fn recover(shared: &Arc<Shared>, committer: &Committer) -> Result<()>
     Ok(())
 }
 
-/// Where RAM files and views are in the store.
-fn load_versions(shared: &Arc<Shared>) -> Result<()> {
-    let mut table = shared.versions.lock().expect("no holder panics");
-    for prefix in ["freeze/", "snap/"] {
-        for head in shared.store.heads(prefix)? {
-            let Some((manifest, _)) = shared.store.head(&head)? else { continue };
-            let meta = meta(&head, &manifest)?;
-            if let Some(&ram) = manifest.versions.get(&meta.shape.ram[0].id) {
-                table.insert(meta.id, ram);
-            }
-            for (disk, &view) in meta.shape.disks.iter().zip(&meta.views) {
-                if let Some(&version) = manifest.versions.get(&disk.id) {
-                    table.insert(view, version);
+impl Shared {
+    /// Learns where RAM files and views are in the store, unless that is known.
+    pub(crate) fn recall(&self) -> Result<()> {
+        let mut recalled = self.recalled.lock().expect("no holder panics");
+        if *recalled {
+            return Ok(());
+        }
+        for prefix in [self.own_heads("freeze"), "snap/".to_owned()] {
+            for head in self.store.heads(&prefix)? {
+                if let Some((manifest, _)) = self.store.head(&head)? {
+                    self.learn(&manifest, &meta(&head, &manifest)?);
                 }
             }
         }
+        *recalled = true;
+        Ok(())
     }
-    Ok(())
+
+    /// Notes where the content of a snapshot is.
+    pub(crate) fn learn(&self, manifest: &store::Manifest, meta: &SnapshotMeta) {
+        let mut table = self.versions.lock().expect("no holder panics");
+        if let Some(&ram) = manifest.versions.get(&meta.shape.ram[0].id) {
+            table.insert(meta.id, ram);
+        }
+        for (disk, &view) in meta.shape.disks.iter().zip(&meta.views) {
+            if let Some(&version) = manifest.versions.get(&disk.id) {
+                table.insert(view, version);
+            }
+        }
+    }
 }
 
 /// The freezes on record whose RAM is still held; the others are forgotten by name.
@@ -161,7 +174,7 @@ pub(crate) fn clear(shared: &Arc<Shared>, record: &VmRecord) {
     if let Err(error) = shared.mirror.remove(&record.overlays) {
         log::warn!("the disks of {}: {error}", record.name);
     }
-    if let Err(error) = shared.store.delete_head(&pin_head(record.id)) {
+    if let Err(error) = shared.store.delete_head(&shared.pin_head(record.id)) {
         log::warn!("the pins of {}: {error}", record.name);
     }
     if let Err(error) = std::fs::remove_dir_all(&dir)

@@ -34,6 +34,11 @@ impl Node {
         self.committer.submit(id);
         self.committer.await_done(id, progress)?;
         let (manifest, meta) = self.snapshot(&format!("{name}@{tag}"))?;
+        if meta.id != id {
+            return Err(Error::Conflict(format!(
+                "another node took {name}@{tag} at the same time; take the snapshot again, under another --tag"
+            )));
+        }
         Ok(listed(&manifest, &meta))
     }
 
@@ -115,13 +120,19 @@ impl Node {
             )));
         }
         let (manifest, meta) = self.snapshot(from)?;
+        let meta = self.adopted(&manifest, meta)?;
         let mut origin = meta.origin.clone();
         if let Some(files) = image::carried_files(&self.shared.store, &manifest, &self.shared.home.path("kernels"))? {
             (origin.kernel, origin.initrd) = files;
         }
         let map = RamMap::decode(&meta.map).map_err(|reason| Error::Invalid(format!("{from}: {reason}")))?;
-        for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
-            self.ensure_ram(id, meta.shape.memory_bytes())?;
+        if map.files().into_keys().all(|file| file.0 == meta.id) {
+            // Known without a look at its tree, which may be far away.
+            self.ensure_ram(meta.id, Some(&map), map.size())?;
+        } else {
+            for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
+                self.ensure_ram(id, None, map.size())?;
+            }
         }
         let disks: Vec<store::Version> =
             meta.shape.disks.iter().filter_map(|d| manifest.versions.get(&d.id).copied()).collect();
@@ -153,13 +164,36 @@ impl Node {
         Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks }))
     }
 
-    /// Makes sure the mirror has the RAM file of a snapshot in the store.
-    fn ensure_ram(&self, id: u64, size: u64) -> Result<()> {
+    /// Makes a snapshot that was not frozen on this node one of its own freezes, so that its memory is kept for what
+    /// is started from it, whatever becomes of the snapshot. Its RAM is one file then: the files that it is made of
+    /// where it was frozen are kept there, and for as long as that node likes.
+    fn adopted(&self, manifest: &store::Manifest, mut meta: SnapshotMeta) -> Result<SnapshotMeta> {
+        self.shared.recall()?;
+        let head = self.shared.own_head("freeze", meta.id);
+        if let Some((manifest, _)) = self.shared.store.head(&head)? {
+            return crate::snapshots::meta(&head, &manifest);
+        }
+        let id = RamFileId(meta.id);
+        let mut map = RamMap::decode(&meta.map).map_err(Error::Invalid)?;
+        map = crate::lineage::whole(&map, id);
+        meta.map = map.encode();
+        let text = serde_json::to_string(&meta).expect("records serialise");
+        let own = store::Manifest { versions: manifest.versions.clone(), meta: text };
+        self.shared.store.begin().publish(&head, store::Expect::Any, &own)?;
+        self.shared.learn(&own, &meta);
+        Ok(meta)
+    }
+
+    /// Makes sure the mirror has the RAM file of a snapshot in the store; `map` says where it is other than zero.
+    fn ensure_ram(&self, id: u64, map: Option<&RamMap>, size: u64) -> Result<()> {
         if self.shared.mirror.has_ram(id)? {
             return Ok(());
         }
         let version = self.shared.versions.lock().expect("no holder panics").get(&id).copied();
         let version = version.ok_or_else(|| Error::NotFound(format!("the store has no RAM {id:016x}")))?;
+        if let Some(map) = map {
+            return self.shared.mirror.add_ram_committed(id, map, &version.to_string());
+        }
         let mut map = RamMap::zero(size);
         for range in self.shared.store.data_ranges(&version)? {
             map.set(range, base::Source::File(RamFileId(id)));

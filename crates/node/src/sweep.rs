@@ -4,7 +4,7 @@
 //! next freeze builds upon), overlays (the view they stand on), NBD exports and kept scratch disks, freezes not yet stored, and tagged snapshots.
 
 use crate::error::Result;
-use crate::node::{PINS, Shared};
+use crate::node::Shared;
 use crate::snapshots::meta;
 use base::RamMap;
 use mirror::control::Below;
@@ -12,8 +12,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Removes what nothing names.
+/// Removes what nothing names. Of a store that is away nothing is removed now, and it is tried again.
 pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
+    let swept = sweep_now(shared);
+    let away = swept.as_ref().is_err_and(crate::Error::is_away);
+    shared.owed.store(away, Ordering::Release);
+    if away { Ok(()) } else { swept }
+}
+
+fn sweep_now(shared: &Arc<Shared>) -> Result<()> {
     // Whoever makes objects holds this for reading until they can be reached from a root.
     let _alone = shared.making.write().expect("no holder panics");
     let objects = shared.mirror.list()?;
@@ -78,8 +85,8 @@ pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
 fn unpin(shared: &Arc<Shared>) -> Result<()> {
     let (_, exports) = shared.export_roots();
     let ids = shared.vms().into_iter().map(|vm| vm.id).chain(exports);
-    let pins: BTreeSet<String> = ids.map(crate::node::pin_head).collect();
-    for head in shared.store.heads(PINS)?.into_iter().filter(|head| !pins.contains(head)) {
+    let pins: BTreeSet<String> = ids.map(|id| shared.pin_head(id)).collect();
+    for head in shared.store.heads(&shared.own_heads("pin"))?.into_iter().filter(|head| !pins.contains(head)) {
         shared.store.delete_head(&head)?;
     }
     Ok(())
@@ -87,7 +94,7 @@ fn unpin(shared: &Arc<Shared>) -> Result<()> {
 
 /// Deletes the heads of freezes of which neither RAM nor disks are kept, and collects what they alone named.
 fn forget(shared: &Arc<Shared>, keep: &BTreeSet<u64>) -> Result<()> {
-    for head in shared.store.heads("freeze/")? {
+    for head in shared.store.heads(&shared.own_heads("freeze"))? {
         let Some((manifest, _)) = shared.store.head(&head)? else { continue };
         let meta = meta(&head, &manifest)?;
         if !keep.contains(&meta.id) && !meta.views.iter().any(|v| keep.contains(v)) {
@@ -99,7 +106,10 @@ fn forget(shared: &Arc<Shared>, keep: &BTreeSet<u64>) -> Result<()> {
             }
         }
     }
-    shared.store.collect()?;
+    // A shared store is collected when somebody asks for it (`gc`): it takes a walk over all that all nodes have.
+    if !shared.is_shared() {
+        shared.store.collect()?;
+    }
     Ok(())
 }
 

@@ -54,8 +54,10 @@ impl Node {
                 _ => None,
             };
             let done = self.moved(&there, &self.shared.store, &head, name, fresh.as_ref(), progress)?;
-            if let Some(meta) = &fresh {
-                self.learn(&head, meta)?;
+            if let Some(meta) = &fresh
+                && let Some((manifest, _)) = self.shared.store.head(&head)?
+            {
+                self.shared.learn(&manifest, meta);
             }
             out.push(done);
         }
@@ -116,7 +118,10 @@ impl Node {
         for head in &drops {
             store.delete_head(head)?;
         }
-        if other.is_some() {
+        if other.is_some() || self.shared.is_shared() {
+            if other.is_none() {
+                sweep::sweep(&self.shared)?;
+            }
             reply.bytes = store.collect()?.bytes;
         } else {
             let before = store.stats().stored_bytes;
@@ -187,21 +192,6 @@ impl Node {
         meta.id = self.shared.home.new_id()?;
         meta.views = meta.views.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?;
         Ok(meta)
-    }
-
-    /// Says where the content of a snapshot that came is.
-    fn learn(&self, head: &str, fresh: &SnapshotMeta) -> Result<()> {
-        let Some((manifest, _)) = self.shared.store.head(head)? else { return Ok(()) };
-        let mut table = self.shared.versions.lock().expect("no holder panics");
-        if let Some(&ram) = manifest.versions.get(&fresh.shape.ram[0].id) {
-            table.insert(fresh.id, ram);
-        }
-        for (disk, &view) in fresh.shape.disks.iter().zip(&fresh.views) {
-            if let Some(&version) = manifest.versions.get(&disk.id) {
-                table.insert(view, version);
-            }
-        }
-        Ok(())
     }
 }
 

@@ -10,11 +10,13 @@
 pub mod cached;
 pub mod local;
 pub mod memory;
+pub mod near;
 pub mod object;
 
 pub use cached::Cached;
 pub use local::Local;
 pub use memory::Memory;
+pub use near::Near;
 pub use object::Object as S3;
 
 use base::ByteRange;

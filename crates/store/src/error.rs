@@ -148,6 +148,22 @@ impl Error {
         }
     }
 
+    /// Whether the medium did not answer: nothing is wrong with the request, and it may succeed later.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        use io::ErrorKind as Kind;
+        matches!(self, Self::Io { source, .. } if matches!(
+            source.kind(),
+            Kind::TimedOut
+                | Kind::NotConnected
+                | Kind::ConnectionRefused
+                | Kind::ConnectionReset
+                | Kind::HostUnreachable
+                | Kind::NetworkUnreachable
+                | Kind::StaleNetworkFileHandle
+        ))
+    }
+
     /// Whether a read-only process may see this only because what it knows of the packs is old.
     pub(crate) fn may_be_stale(&self) -> bool {
         matches!(self, Self::Unknown { .. } | Self::Corrupt { .. } | Self::Io { action: "read" | "open", .. })

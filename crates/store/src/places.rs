@@ -16,6 +16,10 @@ impl Store {
     /// # Errors
     /// Something of it is missing, or a node cannot be read.
     pub fn places(&self, version: &Version) -> Result<Vec<Place>, Error> {
+        self.refreshed(|| self.try_places(version))
+    }
+
+    fn try_places(&self, version: &Version) -> Result<Vec<Place>, Error> {
         let mut frames: BTreeSet<(u32, u32)> = BTreeSet::new();
         let mut seen: HashSet<Name> = HashSet::new();
         let mut todo = vec![(version.root, version.height())];

@@ -161,7 +161,10 @@ impl Store {
     pub(crate) fn refreshed<T>(&self, mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
         for all in [false, true] {
             match work() {
-                Err(error) if self.mode != Mode::ReadWrite && error.may_be_stale() => drop(self.refresh(all)?),
+                // Who does not answer knows nothing newer either.
+                Err(error) if self.mode != Mode::ReadWrite && error.may_be_stale() && !error.is_away() => {
+                    drop(self.refresh(all)?);
+                }
                 done => return done,
             }
         }

@@ -151,6 +151,9 @@ impl Store {
         if watch.looked.is_some_and(|looked| now - looked <= age(watch.grace)) {
             return Ok(());
         }
+        if watch.looked.is_none() {
+            crate::store::prove(&*self.engine)?;
+        }
         let (record, etag) = self.record()?;
         let lost = self.refresh(false)?;
         for pack in self.catalog.packs() {

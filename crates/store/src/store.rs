@@ -164,7 +164,42 @@ impl Store {
         Self::open_with_grace(engine, Mode::Shared, grace)
     }
 
+    /// Opens a shared store whose medium may be away just now, as long as its key can be had (from a cache's copy).
+    /// What needs the medium fails until it is back ([`Error::is_away`]); proof and first look come with the first
+    /// need. Without an answer and a key it is an error as ever.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_shared_patiently(engine: Arc<dyn Engine>) -> Result<Self, Error> {
+        let store = Self::open_with(engine, Mode::Shared, GRACE_DEFAULT)?;
+        match store.look(|_| Duration::ZERO) {
+            Err(error) if error.is_away() => log::warn!("{error}; going on with what is cached"),
+            looked => looked?,
+        }
+        Ok(store)
+    }
+
     fn open_with_grace(engine: Arc<dyn Engine>, mode: Mode, new_grace: Duration) -> Result<Self, Error> {
+        let store = Self::open_with(engine, mode, new_grace)?;
+        if mode == Mode::Shared {
+            store.look(|_| Duration::ZERO)?;
+            return Ok(store);
+        }
+        let found = store.load_packs(&BTreeMap::new())?;
+        if mode == Mode::ReadWrite {
+            let mut ledger = store.ledger();
+            store.recount(&mut ledger)?;
+            let damaged = !ledger.faults.is_empty();
+            drop(ledger);
+            if !damaged {
+                store.clear_remains(&found)?;
+            }
+        }
+        Ok(store)
+    }
+
+    /// The store without anything that is known of its packs.
+    fn open_with(engine: Arc<dyn Engine>, mode: Mode, new_grace: Duration) -> Result<Self, Error> {
         if mode == Mode::Shared && !engine.can_share() {
             let place = engine.describe();
             return Err(Error::Invalid(format!(
@@ -175,11 +210,11 @@ impl Store {
             let place = engine.describe();
             return Err(Error::Invalid(format!("nobody keeps other writers away from {place}; open it as shared")));
         }
-        if mode != Mode::ReadOnly {
-            engine.prove().map_err(|error| Error::io("use", engine.describe(), error))?;
+        if mode == Mode::ReadWrite {
+            prove(&*engine)?;
         }
         let keys = Keys::derive(&load_key(&*engine, mode)?);
-        let store = Self {
+        Ok(Self {
             engine,
             mode,
             keys,
@@ -198,22 +233,7 @@ impl Store {
             open_objects: Mutex::default(),
             next_sequence: AtomicU64::new(1),
             counters: Counters::default(),
-        };
-        if mode == Mode::Shared {
-            store.look(|_| Duration::ZERO)?;
-            return Ok(store);
-        }
-        let found = store.load_packs(&BTreeMap::new())?;
-        if mode == Mode::ReadWrite {
-            let mut ledger = store.ledger();
-            store.recount(&mut ledger)?;
-            let damaged = !ledger.faults.is_empty();
-            drop(ledger);
-            if !damaged {
-                store.clear_remains(&found)?;
-            }
-        }
-        Ok(store)
+        })
     }
 
     pub(crate) fn writable(&self, action: &'static str) -> Result<(), Error> {
@@ -318,7 +338,11 @@ impl Store {
         }
         for pack in self.catalog.packs() {
             stats.packs += 1;
-            stats.stored_bytes += self.engine.footprint(&pack.id.pack_object()).unwrap_or(0);
+            stats.stored_bytes += match self.engine.is_remote() {
+                // A request for each would take as long as there are packs.
+                true => pack.frames().iter().map(|frame| u64::from(frame.stored)).sum(),
+                false => self.engine.footprint(&pack.id.pack_object()).unwrap_or(0),
+            };
             for frame in pack.frames().iter().filter(|frame| frame.items > 0) {
                 stats.frames += 1;
                 if frame.kind == Kind::Nodes {
@@ -521,6 +545,11 @@ pub(crate) fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
     Ok(out)
 }
 
+/// Has the medium show that it does what the store's safety stands on.
+pub(crate) fn prove(engine: &dyn Engine) -> Result<(), Error> {
+    engine.prove().map_err(|error| Error::io("use", engine.describe(), error))
+}
+
 /// Reads the key, or makes one where a writer opens an empty place.
 fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
     let not_a_store = |why: &str| Error::NotAStore { dir: engine.describe(), why: why.to_owned() };
@@ -536,6 +565,8 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
     if !packs.is_empty() || !heads.is_empty() {
         return Err(not_a_store("its key file is missing, without which nothing in it can be checked; restore it"));
     }
+    // Nothing is written before that.
+    prove(engine)?;
     let key = random_bytes().map_err(|error| Error::io("read", "/dev/urandom", error))?;
     if engine.put_new("key", &encode_key(&key)).map_err(|error| Error::io("write", "key", error))? {
         return Ok(key);

@@ -10,7 +10,7 @@ use crate::name::{Name, Version};
 use crate::shared::Safety;
 use crate::store::Store;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A unit of writing: any number of commits, then one publication. Dropped unpublished, it leaves nothing that
@@ -24,6 +24,8 @@ pub struct Transaction<'a> {
     pub(crate) safety: Mutex<Safety>,
     /// Full packs become durable at once.
     seal_full: AtomicBool,
+    /// Bytes of the frames it stored.
+    stored: AtomicU64,
     _counts: HoldCounts<'a>,
 }
 
@@ -55,6 +57,7 @@ impl Store {
             safety: Mutex::default(),
             // What an engine holds in memory until it is durable must not grow with the transaction.
             seal_full: AtomicBool::new(self.engine.is_remote()),
+            stored: AtomicU64::new(0),
             _counts: self.hold_counts(),
         }
     }
@@ -95,6 +98,7 @@ impl Transaction<'_> {
             if let Some(pack) = packs.last()
                 && let Some(frame) = pack.append(encoded, names)?
             {
+                self.stored.fetch_add(encoded.stored.len() as u64, Ordering::Relaxed);
                 return Ok(Appended { pack: Arc::clone(pack), frame });
             }
             if self.seal_full.load(Ordering::Relaxed)
@@ -104,6 +108,12 @@ impl Transaction<'_> {
             }
             packs.push(self.store.start_pack()?);
         }
+    }
+
+    /// Bytes by which it made the store grow so far, indexes not counted.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored.load(Ordering::Relaxed)
     }
 
     /// Makes each pack durable as soon as it is full, so that what a killed transaction has done is found again.

@@ -137,7 +137,14 @@ enum Command {
     #[command(visible_alias = "fsck")]
     Verify(ListArgs),
     /// Run the node daemon; other commands start it by themselves
-    Serve,
+    Serve {
+        /// Run from a store that other nodes share: s3://BUCKET/PREFIX?endpoint=URL. Said once, the home remembers it
+        #[arg(long, env = "OFFSHOOT_STORE", value_name = "URL")]
+        store: Option<String>,
+        /// How much of the node's disk the cache of that store may take, as in 50G [default: a tenth of the disk]
+        #[arg(long, env = "OFFSHOOT_CACHE_SIZE", value_name = "SIZE", value_parser = base::units::parse_size)]
+        cache_size: Option<u64>,
+    },
     /// End the daemon; VMs run on unless --stop is given
     Shutdown {
         /// End every VM and unmount as well
@@ -533,7 +540,9 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 fn run(cli: &Cli) -> Outcome {
     match &cli.command {
-        Command::Serve => return crate::daemon::serve(&cli.home),
+        Command::Serve { store, cache_size } => {
+            return crate::daemon::serve(&cli.home, store.as_deref(), *cache_size);
+        }
         Command::Mirror { take_over } => return crate::daemon::mirror(&cli.home, *take_over),
         Command::Completion { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "offshoot", &mut std::io::stdout());
@@ -571,7 +580,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Nbd(command) => disks::nbd(&client, command),
         Command::Export(args) => disks::export(&client, args),
         Command::Verify(args) => machine::verify(&client, args.json),
-        Command::Serve
+        Command::Serve { .. }
         | Command::Mirror { .. }
         | Command::Completion { .. }
         | Command::Doctor(_)

@@ -8,7 +8,7 @@ mod long;
 mod routes;
 mod stores;
 
-use node::{Home, Node};
+use node::{Home, Node, Place};
 use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::io::Write;
@@ -73,7 +73,7 @@ fn raise_descriptor_limit() {
 }
 
 /// Runs the daemon until it is told to end.
-pub(crate) fn serve(home: &Path) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn serve(home: &Path, store: Option<&str>, cache_bytes: Option<u64>) -> Result<(), Box<dyn std::error::Error>> {
     log_to_stderr();
     raise_descriptor_limit();
     let directories = Home::open(home)?;
@@ -82,6 +82,7 @@ pub(crate) fn serve(home: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let library = install_library(&directories)?;
     let root = directories.root().to_owned();
     drop(directories);
+    Place::settle(&root, store, cache_bytes)?;
     let node = Node::open(&root, library)?;
     let daemon = Arc::new(Daemon { node, stop_vms: AtomicBool::new(false), shutdown: tokio::sync::Notify::new() });
     let runtime =
@@ -123,7 +124,11 @@ pub(crate) fn mirror(home: &Path, take_over: bool) -> Result<(), Box<dyn std::er
     if take_over {
         config.fuse_fd = Some(std::io::stdin().as_fd().try_clone_to_owned()?);
     }
-    mirror::run(config, Arc::new(mirror::StoreVersions::open(&home.join("store"))?))?;
+    let versions = match Place::of(home)? {
+        Some(place) => place.versions(home)?,
+        None => Arc::new(mirror::StoreVersions::open(&home.join("store"))?),
+    };
+    mirror::run(config, versions)?;
     Ok(())
 }
 

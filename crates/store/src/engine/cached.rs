@@ -322,6 +322,22 @@ impl Cached {
         Ok(Pin { shared: Arc::clone(&self.shared), keys })
     }
 
+    /// How many bytes the chunks have that hold what lies there, and how many of these are not here.
+    #[must_use]
+    pub fn holds(&self, places: &[Place]) -> (u64, u64) {
+        let mut keys: Vec<Key> = Vec::new();
+        for place in places {
+            let Some(pack) = pack_of(&place.object) else { continue };
+            let numbers = place.ranges.iter().filter_map(|range| self.shared.numbers(range)).flatten();
+            keys.extend(numbers.map(|number| Key { pack, number }));
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        let state = self.shared.state();
+        let missing = keys.iter().filter(|key| state.index.find(key).is_none()).count();
+        (keys.len() as u64 * self.shared.chunk as u64, missing as u64 * self.shared.chunk as u64)
+    }
+
     /// Fetches what lies there in the background, in this order, whenever no reader is fetching. What is here
     /// already costs nothing. Beyond 65,536 ranges waiting, more are refused and counted.
     pub fn prefetch(&self, places: &[Place]) {
@@ -477,8 +493,9 @@ impl Shared {
 
     /// The copy of a small object, for an engine below that does not answer.
     fn stale(&self, name: &str, error: io::Error) -> io::Result<Vec<u8>> {
+        // The key of a store never changes: its copy is as good as the key.
         if is_away(&error)
-            && self.stale_reads
+            && (self.stale_reads || name == "key")
             && let Some(bytes) = self.small.get(name)
         {
             count(&self.counters.stale_answers, 1);

@@ -154,11 +154,19 @@ impl Object {
     /// # Errors
     /// The address makes no sense, or there are no credentials.
     pub fn open(url: &str) -> io::Result<Self> {
+        Self::open_limited(url, Limits::default())
+    }
+
+    /// As [`Object::open`], with limits of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Object::open`].
+    pub fn open_limited(url: &str, limits: Limits) -> io::Result<Self> {
         let address = Address::parse(url).map_err(invalid)?;
         let env = |name: &str| std::env::var(name).ok();
         let read = |path| std::fs::read_to_string(path).ok();
         let credentials = Credentials::find(address.profile.as_deref(), &env, &read).map_err(invalid)?;
-        Self::connect(address, credentials, Limits::default())
+        Self::connect(address, credentials, limits)
     }
 
     /// Opens an address with credentials and limits of the caller's choice.

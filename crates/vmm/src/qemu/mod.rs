@@ -147,6 +147,7 @@ pub fn spawn(shape: &MachineShape, launch: &Launch<'_>) -> Result<ProcessId, Err
     );
     let mut command = Command::new(PROGRAM);
     command.args(args);
+    crate::process::without_secrets(&mut command);
     command.env("LD_PRELOAD", launch.library);
     command.env(base::resident::ENV_SOCKET, resident.as_raw_fd().to_string());
     command.env(base::resident::ENV_RAM_PATH, launch.ram_path);

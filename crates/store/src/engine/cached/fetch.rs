@@ -264,6 +264,10 @@ impl Object for OpenPack {
     fn distrust(&self, range: ByteRange) -> bool {
         let dropped = self.shared.drop_chunks(self.id, &range);
         count(&self.shared.counters.healed, dropped);
+        // What it is over may have kept copies as well.
+        if let Ok(below) = self.below() {
+            below.distrust(range);
+        }
         // Also where nothing was here: what was fetched and not kept may have been spoilt on its way.
         true
     }
