@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::engine::S3;
+use store::engine::{Engine as _, S3};
 use store::engine::object::{Credentials, Limits};
 use store::{Mode, Store};
 
@@ -83,6 +83,8 @@ impl Origin {
         let port = if delay.is_zero() { self.port } else { longer(self.port, delay)? };
         let url = format!("s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{port}");
         let engine = S3::open_with(&url, credentials(), Limits::default())?;
+        // This server makes a bucket with its first object; to be asked what is in one that is not there is an error.
+        engine.prove()?;
         Ok(Arc::new(Store::open_engine(Arc::new(engine), Mode::Shared)?))
     }
 }
