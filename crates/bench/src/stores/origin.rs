@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::engine::{Engine as _, S3};
 use store::engine::object::{Credentials, Limits};
+use store::engine::{Engine as _, S3};
 use store::{Mode, Store};
 
 const KEY_ID: &str = "OFFSHOOTBENCHKEY";
