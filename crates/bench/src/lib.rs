@@ -10,6 +10,7 @@ pub mod frames;
 pub mod guest;
 pub mod host;
 pub mod limit;
+pub mod plot;
 pub mod probe;
 pub mod report;
 pub mod stores;

@@ -30,7 +30,7 @@ const LOADS: [(&str, &[&str], f64); 6] = [
 ];
 
 /// Processes that end with it.
-struct Running(Vec<Child>, Option<PathBuf>);
+pub(super) struct Running(Vec<Child>, Option<PathBuf>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -45,7 +45,7 @@ impl Drop for Running {
 }
 
 /// Starts a mirror at `home`, on an empty store.
-fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
+pub(super) fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
     for dir in ["run", "mnt", "mirror"] {
         std::fs::create_dir_all(home.join(dir))?;
     }
@@ -71,7 +71,7 @@ fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
     Ok((running, client))
 }
 
-fn overlay(client: &mut Client, id: u64, size: u64) -> Outcome {
+pub(super) fn overlay(client: &mut Client, id: u64, size: u64) -> Outcome {
     let below = Below::Zero;
     Ok(client.add_overlay(OverlaySpec { id, vm: "bench".into(), size, block_size: 4096, below })?)
 }

@@ -4,11 +4,16 @@
 //! - `disks`: a disk through the mirror's FUSE and NBD fronts, beside a plain file and `qemu-nbd`.
 //! - `images`: bringing disks in, beside `qemu-img convert`.
 //! - `sizes`: what sizes of blocks, frames and packs cost; only where it is named.
+//! - `deploy`: one image to sixteen instances at once, beside copying it and beside `qemu-nbd`.
+//! - `deployments`, `checkpoints`, `bonnie`: plots, drawn to `target/bench/plots`.
 
 mod blobs;
+mod bonnie;
+mod deploy;
 mod disks;
 mod images;
 mod origin;
+mod plots;
 mod sizes;
 
 use crate::report::Figure;
@@ -57,13 +62,17 @@ type Part = fn(&Bench<'_>) -> Outcome<Vec<Figure>>;
 pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     let quick = std::env::var_os("BENCH_QUICK").is_some_and(|q| !q.is_empty() && q != "0");
     let bench = Bench { program, dir: dir.to_owned(), quick };
-    let parts: [(&str, Part); 6] = [
+    let parts: [(&str, Part); 10] = [
         ("blobs", blobs::local),
         ("history", blobs::history),
         ("s3", blobs::s3),
         ("disks", disks::run),
         ("images", images::run),
         ("sizes", sizes::run),
+        ("deploy", deploy::run),
+        ("deployments", plots::deployments),
+        ("checkpoints", plots::checkpoints),
+        ("bonnie", plots::bonnie),
     ];
     if let Some(unknown) = only.iter().find(|name| parts.iter().all(|(part, _)| part != name)) {
         let known: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();

@@ -7,11 +7,11 @@ use crate::Outcome;
 use seaweed::Seaweed;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::engine::S3;
 use store::engine::object::{Credentials, Limits};
+use store::engine::{Engine as _, S3};
 use store::{Mode, Store};
 
 const KEY_ID: &str = "OFFSHOOTBENCHKEY";
@@ -33,7 +33,15 @@ fn credentials() -> Credentials {
 
 fn engine(port: u16, prefix: &str) -> Outcome<S3> {
     let url = format!("s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{port}");
-    Ok(S3::open_with(&url, credentials(), Limits::default())?)
+    let engine = S3::open_with(&url, credentials(), Limits::default())?;
+    // This server makes a bucket with its first object; to be asked what is in one that is not there is an error.
+    engine.prove()?;
+    Ok(engine)
+}
+
+/// Where `weed` is; installed below the build directory where it is not there.
+pub(super) fn program() -> Outcome<PathBuf> {
+    Ok(seaweed::program(&crate::build_directory())?)
 }
 
 impl Origin {

@@ -107,7 +107,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
 
 /// The disk of the default guest, and its RAM once it answers.
 fn contents(bench: &Bench<'_>, dir: &Path) -> Outcome<Vec<Content>> {
-    let home = Home::open(bench, &dir.join("home"))?;
+    let home = Home::open(bench.program, &dir.join("home"))?;
     home.0.image(&mut |step| println!("  {step}"))?;
     let guest = home.0.boot("sizes", 512 * MIB)?;
     guest.await_response(None, Duration::from_secs(240))?;

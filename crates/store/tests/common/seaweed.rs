@@ -23,7 +23,7 @@ pub struct Seaweed {
 }
 
 /// Where `weed` is; installed below the build directory `target` where it is not there.
-fn program(target: &Path) -> Result<PathBuf, String> {
+pub fn program(target: &Path) -> Result<PathBuf, String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/weed");
     let run = Command::new(script).env("CARGO_TARGET_DIR", target).stdin(Stdio::null()).output();
     let out = run.map_err(|error| format!("scripts/weed: {error}"))?;
