@@ -68,8 +68,6 @@ struct State {
     requests: u64,
     repeats: u64,
     last: Option<String>,
-    /// When the server last answered.
-    answered: Option<Instant>,
 }
 
 /// The circuit breaker of one engine.
@@ -112,7 +110,7 @@ impl Breaker {
         let mut state = self.state();
         state.trying = false;
         match failure {
-            None => (state.failures, state.open_until, state.answered) = (0, None, Some(Instant::now())),
+            None => (state.failures, state.open_until) = (0, None),
             Some(what) => {
                 state.failures = state.failures.saturating_add(1);
                 state.last = Some(what.to_owned());
@@ -121,11 +119,6 @@ impl Breaker {
                 }
             }
         }
-    }
-
-    /// Whether the server answered a moment ago.
-    pub(crate) fn answers(&self) -> bool {
-        self.state().answered.is_some_and(|at| at.elapsed() < Duration::from_secs(2))
     }
 
     pub(crate) fn health(&self) -> Health {
