@@ -4,7 +4,8 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, StoreState, ViewChanges, Warmth,
+    ExportSpec, Hello, Listing, OverlaySpec, Queued, RamSpec, Removed, Reply, Request, Stats, StoreState, ViewChanges,
+    Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};

@@ -90,7 +90,13 @@ impl StoreVersions {
     }
 
     fn closed() -> Self {
-        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default(), pins_file: None }
+        Self {
+            opened: OnceLock::new(),
+            trouble: Mutex::default(),
+            tried: Condvar::new(),
+            pins: Mutex::default(),
+            pins_file: None,
+        }
     }
 
     /// Whoever comes while it is opened for the first time waits a while: a mirror just started is no fault.
@@ -108,7 +114,8 @@ impl StoreVersions {
     /// Notes what is pinned, for the next mirror.
     fn keep_pins(&self, pins: &BTreeMap<String, (Vec<String>, Pin)>) -> Result<(), String> {
         let Some(file) = &self.pins_file else { return Ok(()) };
-        let named: BTreeMap<&String, &Vec<String>> = pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
+        let named: BTreeMap<&String, &Vec<String>> =
+            pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
         replace_json_durably(file, &named).map_err(|e| format!("keeping the list of what is pinned: {e}"))
     }
 

@@ -10,7 +10,9 @@ use crate::home::Home;
 use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
-use mirror::control::{Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, StoreState, ViewChanges, Warmth};
+use mirror::control::{
+    Below, ExportSpec, Listing, OverlaySpec, RamSource, RamSpec, Stats, StoreState, ViewChanges, Warmth,
+};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;

@@ -215,7 +215,10 @@ impl Place {
             };
             let expect = match store.head(&name)? {
                 None if self.claimed => {
-                    log::warn!("{} does not know this node any more: somebody dropped it; making it known again", self.url);
+                    log::warn!(
+                        "{} does not know this node any more: somebody dropped it; making it known again",
+                        self.url
+                    );
                     Expect::Absent
                 }
                 None => Expect::Absent,

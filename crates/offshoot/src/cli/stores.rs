@@ -1,7 +1,9 @@
 //! Commands of other stores, and of cleaning up.
 
 use super::{GcArgs, Outcome, TransferArgs, WarmArgs, output};
-use api::{Client, Credentials, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest, WarmReply, WarmRequest};
+use api::{
+    Client, Credentials, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest, WarmReply, WarmRequest,
+};
 use base::units::human;
 
 /// Which way.

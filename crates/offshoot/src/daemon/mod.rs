@@ -73,7 +73,11 @@ fn raise_descriptor_limit() {
 }
 
 /// Runs the daemon until it is told to end.
-pub(crate) fn serve(home: &Path, store: Option<&str>, cache_bytes: Option<u64>) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn serve(
+    home: &Path,
+    store: Option<&str>,
+    cache_bytes: Option<u64>,
+) -> Result<(), Box<dyn std::error::Error>> {
     log_to_stderr();
     raise_descriptor_limit();
     let directories = Home::open(home)?;

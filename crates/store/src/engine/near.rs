@@ -47,8 +47,7 @@ impl Near {
     /// The directory cannot be made.
     pub fn open(origin: Arc<dyn Engine>, dir: &Path, bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let shelf =
-            Shelf { dir: dir.to_owned(), bytes, next: AtomicU64::default(), taken: AtomicU64::default() };
+        let shelf = Shelf { dir: dir.to_owned(), bytes, next: AtomicU64::default(), taken: AtomicU64::default() };
         Ok(Self { origin, shelf: Arc::new(shelf) })
     }
 
