@@ -309,11 +309,11 @@ fn fsx(host: &TestHost, fsx: &mut Fsx, mut between: impl FnMut(&mut Fsx) -> Outc
     while Instant::now() < end {
         fsx.step();
         steps += 1;
-        if steps % every == 0 {
+        if steps.is_multiple_of(every) {
             kill_some(host, fsx.chance(3))?;
             fsx.check();
         }
-        if steps % 150 == 0 {
+        if steps.is_multiple_of(150) {
             between(fsx)?;
         }
     }

@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 /// Less waste than this is left alone.
 const WASTE_MIN: u64 = 1 << 20;
 /// A pack in which less than this lives is small.
-const SMALL_BYTES: u64 = 256 << 10;
+const SMALL_BYTES: u64 = 1 << 20;
 /// More small packs than this become one.
 const SMALL_PACKS_MAX: usize = 32;
 /// Items met for each that is moved, at most, to find their order.

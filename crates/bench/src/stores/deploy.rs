@@ -149,7 +149,9 @@ impl<'a> World<'a> {
                 Ok(found) => found,
                 Err(error) => {
                     // Whoever waits must not wait for ever.
-                    (0..3).for_each(|_| drop(step.wait()));
+                    for _ in 0..3 {
+                        step.wait();
+                    }
                     return Err(error);
                 }
             };
