@@ -93,6 +93,44 @@ pub struct BlobTag {
     pub number: Option<u64>,
 }
 
+/// A version of a blob as a file of the node's tree of blobs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobFile {
+    /// Its path.
+    pub path: String,
+    /// The blob.
+    pub blob: String,
+    /// The version that it is, or stands on.
+    pub number: u64,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Bytes of its local changes, which are no version yet.
+    pub changed_bytes: u64,
+    /// How often it is open, where it was opened for writing.
+    pub opened: u64,
+}
+
+/// Body of `POST /v1/blob-files/open`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlobFileOpen {
+    /// As `NAME`, `NAME@NUMBER` or `NAME@TAG`.
+    pub version: String,
+}
+
+/// Body of `POST /v1/blob-files/{commit,clone,discard}`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlobFileChange {
+    /// The blob.
+    pub blob: String,
+    /// The version that the file stands on.
+    pub number: u64,
+    /// For a clone: the name of the new blob.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
 /// What differs between two versions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlobDiff {

@@ -86,6 +86,9 @@ pub struct GcRequest {
     /// Keep snapshots not older than so many seconds.
     #[serde(default)]
     pub keep_within_s: Option<u64>,
+    /// Drop what this node, which is gone, kept for itself: its id.
+    #[serde(default)]
+    pub drop_node: Option<String>,
     /// Another store to clean up instead of the node's own.
     #[serde(default)]
     pub store: Option<String>,
@@ -99,12 +102,90 @@ pub struct GcRequest {
 pub struct GcReply {
     /// Snapshots that the rule drops.
     pub dropped: Vec<String>,
+    /// Nodes that share the store, and what each keeps for itself.
+    #[serde(default)]
+    pub nodes: Vec<GcNode>,
     /// What becomes of each pack, and why; of a dry run only.
     pub packs: Vec<GcPack>,
     /// Bytes that went, or would go at once.
     pub bytes: u64,
     /// Bytes that go later, when a shared store's time of grace is over.
     pub bytes_later: u64,
+}
+
+/// A node that shares a store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GcNode {
+    /// Its id.
+    pub id: String,
+    /// Name of its host.
+    pub host: String,
+    /// Its home there.
+    pub home: String,
+    /// When its daemon last started, RFC 3339 in UTC.
+    pub seen: String,
+    /// Heads that it keeps for itself: of its VMs, exports and freezes.
+    pub heads: u64,
+    /// Whether it is the one that answers.
+    pub this: bool,
+}
+
+/// Body of `POST /v1/warm`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WarmRequest {
+    /// What to fetch into the node's cache, named as for a push.
+    pub names: Vec<String>,
+    /// Keep it there.
+    #[serde(default)]
+    pub pin: bool,
+    /// Keep it there no longer.
+    #[serde(default)]
+    pub unpin: bool,
+}
+
+/// What is warm now.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmReply {
+    /// Its name.
+    pub name: String,
+    /// Bytes it takes of the cache.
+    pub bytes: u64,
+    /// Of these, bytes that had to be fetched.
+    pub fetched_bytes: u64,
+    /// Whether it was pinned.
+    pub pinned: bool,
+}
+
+/// `GET /v1/store`: the node's store and its cache.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StoreReport {
+    /// Where it is.
+    pub url: String,
+    /// The node's id there, where it is shared.
+    pub node: Option<String>,
+    /// Whether it answered just now.
+    pub reachable: bool,
+    /// For how many milliseconds it has not answered.
+    pub away_ms: Option<u64>,
+    /// What the last failure was.
+    pub last_failure: Option<String>,
+    /// Whether requests are let through: `closed`, `open` or `half_open`.
+    pub circuit: Option<String>,
+    /// Bytes that the cache may take.
+    pub cache_bytes: u64,
+    /// Bytes that it takes.
+    pub cache_filled_bytes: u64,
+    /// Which part of what the mirror read was in the cache, since it started.
+    pub hit_rate: Option<f64>,
+    /// Why the mirror has not opened the store.
+    pub mirror_trouble: Option<String>,
+    /// Freezes that are not in the store yet.
+    pub waiting_commits: u64,
+    /// Counters of the daemon.
+    pub daemon: serde_json::Value,
+    /// Counters of the mirror.
+    pub mirror: serde_json::Value,
 }
 
 /// What becomes of a pack.

@@ -92,6 +92,20 @@ impl Host {
     /// # Errors
     /// What kept it from starting.
     pub fn restore(&self, name: &str, snapshot: &str) -> Outcome<Guest> {
+        self.restore_ahead(name, snapshot, None, None)
+    }
+
+    /// Starts a VM from a snapshot, with what is to be fetched ahead of it.
+    ///
+    /// # Errors
+    /// What kept it from starting.
+    pub fn restore_ahead(
+        &self,
+        name: &str,
+        snapshot: &str,
+        prefetch: Option<&str>,
+        eager: Option<f32>,
+    ) -> Outcome<Guest> {
         let base = free_ports(PORTS.len() as u16)?;
         let publish = PORTS.iter().zip(base..).map(|(guest, host)| format!("127.0.0.1:{host}:{guest}")).collect();
         let request = RunRequest {
@@ -102,8 +116,8 @@ impl Host {
             publish,
             accelerator: None,
             append: None,
-            prefetch: None,
-            eager: None,
+            prefetch: prefetch.map(str::to_owned),
+            eager,
         };
         let vm: Vm = self.client.post("/v1/vms", &request)?;
         Guest::of(&vm.name, &vm.publish)

@@ -10,9 +10,17 @@ pub mod frames;
 pub mod guest;
 pub mod host;
 pub mod limit;
+pub mod plot;
 pub mod probe;
 pub mod report;
 pub mod stores;
+
+/// The directory in which cargo builds: the program lies in `<target>/<profile>/`.
+#[must_use]
+pub fn build_directory() -> std::path::PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    exe.ancestors().nth(2).map_or_else(|| "target".into(), std::path::Path::to_path_buf)
+}
 
 /// What a run of the harness fails with.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

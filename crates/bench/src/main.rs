@@ -1,6 +1,6 @@
 //! `offshoot-bench`: the demo and the benchmarks.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -21,32 +21,26 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> bench::Outcome {
-    let target = target();
+    let target = bench::build_directory();
     let keep = std::env::var_os("KEEP").is_some_and(|k| !k.is_empty() && k != "0");
     bench::demo::run(&program()?, &home("demo-home"), &target.join("demo.json"), keep)
 }
 
 fn fork() -> bench::Outcome {
-    let target = target();
+    let target = bench::build_directory();
     bench::fork::run(&program()?, &home("bench-home"), &target.join("bench/fork.json"))
 }
 
 fn store(parts: &[String]) -> bench::Outcome {
-    let target = target();
+    let target = bench::build_directory();
     bench::stores::run(&program()?, &home("bench-store"), &target.join("bench/store.json"), parts)
-}
-
-/// The directory in which cargo builds: ours lies in `<target>/<profile>/`.
-fn target() -> PathBuf {
-    let exe = std::env::current_exe().unwrap_or_default();
-    exe.ancestors().nth(2).map_or_else(|| PathBuf::from("target"), Path::to_path_buf)
 }
 
 /// Where a run keeps its home: beside what it builds, unless sockets below so long a path have no room for their
 /// names.
 fn home(name: &str) -> PathBuf {
     const ROOM: usize = 64;
-    let beside = target().join(name);
+    let beside = bench::build_directory().join(name);
     if beside.as_os_str().len() <= ROOM { beside } else { std::env::temp_dir().join(format!("offshoot-{name}")) }
 }
 

@@ -80,15 +80,26 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// Writes figures as JSON: all of them, or what was there stays.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn save(path: &Path, figures: &[Figure]) -> Outcome {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let new = path.with_extension("json.new");
+    std::fs::write(&new, serde_json::to_vec_pretty(figures)?)?;
+    std::fs::rename(new, path)?;
+    Ok(())
+}
+
 /// Writes figures as JSON and prints them as a table.
 ///
 /// # Errors
 /// Where the file cannot be written.
 pub fn write(path: &Path, figures: &[Figure]) -> Outcome {
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
-    std::fs::write(path, serde_json::to_vec_pretty(figures)?)?;
+    save(path, figures)?;
     println!(
         "{:<28} {:>12} {:<6} {:>10}  {:<7} {:>12} {:>12}  peer",
         "figure", "median", "unit", "asked", "", "least", "most"

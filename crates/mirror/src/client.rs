@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
+mod tree;
+
 /// Time a call may take, unless told otherwise.
 pub const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// Time that a call may take which waits for a disk, if that is more.
@@ -257,7 +259,7 @@ impl Client {
         self.connect(deadline).and_then(|()| self.receive_fd()).map_err(|e| self.unreachable(&Request::FuseFd, e))
     }
 
-    fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Answer<T> {
+    pub(crate) fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Answer<T> {
         self.call_within(request, self.limit)
     }
 

@@ -204,10 +204,119 @@ pub enum Request {
     Warm { name: String, versions: Vec<String>, begin: bool, pin: bool },
     /// Lets the cache evict what was pinned under a name. Answer: whether something was.
     Unpin { name: String },
+    /// About the tree of blobs.
+    Tree(TreeRequest),
     /// Passes the FUSE descriptor.
     FuseFd,
     /// Ends the mirror; VMs wait for the next one, unless it is to unmount.
     Shutdown { unmount: bool },
+}
+
+/// A request about the tree of blobs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "tree", rename_all = "snake_case")]
+#[expect(missing_docs, reason = "as of `Request`")]
+pub enum TreeRequest {
+    /// The next request of the kernel's that is for the daemon and none of `known`, on which it works; waits for one
+    /// up to `wait_ms`. Answer: an [`Ask`], or null.
+    Next { known: Vec<String>, wait_ms: u64 },
+    /// What became of one. Answer: whether somebody waited for it.
+    Answer { token: String, answer: AskAnswer },
+    /// From now on these are the mirrored files.
+    SetFiles { files: Vec<FilePlace> },
+    /// What is open. Answer: [`Opens`].
+    Opens,
+    /// Lets nobody open a version, or any of a blob, any more. Answer: [`Opens`].
+    Bar { blob: String, number: Option<u64> },
+    /// Takes a bar back, or all.
+    Lift { bar: Option<(String, Option<u64>)> },
+    /// Withdraws a mirrored file if nobody has it open and it has no local changes, or with `changed` if it has.
+    /// Answer: whether it did.
+    Retire { overlay: u64, changed: bool },
+    /// Bytes of a mirrored file's local changes. Answer: a number.
+    Changed { overlay: u64 },
+}
+
+/// Something that only the daemon can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    /// Names it: the same when the kernel asks again because a mirror died.
+    pub token: String,
+    /// What.
+    pub asked: AskedOf,
+}
+
+/// What a daemon is asked for. It is answered with a number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskedOf {
+    /// A mirrored file for a version: its overlay.
+    Open {
+        /// Name of the blob.
+        blob: String,
+        /// Number of the version.
+        number: u64,
+    },
+    /// To make a mirrored file's local changes the next version: its number.
+    Commit {
+        /// The file.
+        overlay: u64,
+    },
+    /// To make a mirrored file one of a new blob: the number of the version it then stands on.
+    Clone {
+        /// The file.
+        overlay: u64,
+        /// Name of the new blob.
+        name: String,
+    },
+}
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskAnswer {
+    /// Done, durably.
+    Done(u64),
+    /// Not done.
+    Failed {
+        /// What the asking program is told.
+        errno: i32,
+        /// What people are told.
+        why: String,
+    },
+}
+
+/// Where a mirrored file is in the tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePlace {
+    /// Its overlay.
+    pub overlay: u64,
+    /// Name of the blob.
+    pub blob: String,
+    /// Number of the version that it stands on.
+    pub number: u64,
+}
+
+/// What is open in the tree.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opens {
+    /// Versions as they are in the store.
+    pub versions: Vec<OpenVersion>,
+    /// Mirrored files, and how often.
+    pub overlays: Vec<(u64, u64)>,
+}
+
+/// An open version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenVersion {
+    /// Its inode.
+    pub node: u64,
+    /// Name of the blob.
+    pub blob: String,
+    /// Its number.
+    pub number: u64,
+    /// The version, in text.
+    pub version: String,
 }
 
 /// An answer.

@@ -2,6 +2,8 @@
 
 use crate::control::{Problem, Stats};
 use crate::foresight::Foresight;
+use crate::front::aio::Aio;
+use crate::front::direct;
 use crate::front::name_of;
 use crate::front::nbd::Exports;
 use crate::front::session::Session;
@@ -11,6 +13,7 @@ use crate::objects::{Object, Objects};
 use crate::queue::{Demand, Outcome, PIECE, Prefetch};
 use crate::ram::RamTally;
 use crate::stats::{Vms, add};
+use crate::tree::Tree;
 use base::ByteRange;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -27,6 +30,7 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 /// The whole mirror.
 pub(crate) struct Core {
     pub(crate) objects: Objects,
+    pub(crate) tree: Tree,
     pub(crate) session: Session,
     pub(crate) session_name: String,
     pub(crate) vms: Vms,
@@ -37,6 +41,8 @@ pub(crate) struct Core {
     pub(crate) problems: Problems,
     pub(crate) crew: Crew,
     pub(crate) exports: Exports,
+    /// Reads of disks that the device works on.
+    pub(crate) direct: Option<Aio<direct::Ticket>>,
     pub(crate) max_readahead: u32,
     /// RAM files removed by this mirror: reads of them are over.
     pub(crate) removed: Mutex<HashSet<u64>>,

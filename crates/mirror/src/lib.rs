@@ -3,6 +3,7 @@
 //! ```text
 //! <home>/mnt/ram/<id>     RAM file: zeros, ancestors' pages, and its own from a holder or the store   read-only
 //! <home>/mnt/disk/<id>    disk overlay: copy-on-reference, copy-on-write                              writable
+//! <home>/mnt/blob/<name>/<number>   a version of a blob; written to, an overlay over it: see `tree`
 //! <home>/run/mirror.sock  control: JSON lines, see `control`; `client` speaks it
 //! any unix socket         NBD exports of disks and of versions
 //! <home>/mirror/          descriptions of the objects, layers of the disks
@@ -34,11 +35,13 @@ pub mod resolve;
 mod server;
 mod stats;
 mod store_versions;
+mod tree;
 
 pub use client::{Client, ClientError, fuse_fd_of};
+pub use control::{Ask, AskAnswer, AskedOf, FilePlace, OpenVersion, Opens};
 pub use control::{Below, ExportSource, ExportSpec, OverlaySpec, RamSource, RamSpec};
 pub use ram::{Holder, process_start};
-pub use resolve::{VersionError, Versions};
+pub use resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
 pub use stats::{BUCKETS, VmStats};
 pub use store_versions::{Opened, StoreVersions};
 
@@ -128,6 +131,19 @@ pub fn disk_path(home: &Path, id: u64) -> PathBuf {
     home.join("mnt/disk").join(format!("{id:016x}"))
 }
 
+/// The path of a blob's version in the tree of the mirror at `home`.
+#[must_use]
+pub fn version_path(home: &Path, blob: &str, number: u64) -> PathBuf {
+    home.join("mnt/blob").join(tree::directory_of(blob)).join(number.to_string())
+}
+
+/// The COMMIT ioctl on a mirrored file: `_IOR('O', 0x10, u64)`. What was written to it becomes the next version of its
+/// blob; the number of that version comes back.
+pub const IOCTL_COMMIT: u32 = 0x8008_4f10;
+/// The CLONE ioctl on a mirrored file: `_IOW('O', 0x11, char[256])`. The file is one of a new blob from now on, whose
+/// name is given, ended by a zero byte.
+pub const IOCTL_CLONE: u32 = 0x4100_4f11;
+
 /// Runs a mirror until it is told to end or its mount is gone. The caller then exits the process: threads that wait
 /// for requests end with it, and with them nothing that a next mirror would miss.
 ///
@@ -159,8 +175,10 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         mlockall(all).map_err(|e| failed("lock its memory")(e.into()))?;
     }
     let (done, end) = mpsc::channel();
+    let tree = tree::Tree::open(home.clone(), taken_over).map_err(failed("recall its tree of blobs"))?;
     let core = Arc::new(Core {
         objects,
+        tree,
         session,
         session_name,
         vms: stats::Vms::default(),
@@ -171,6 +189,7 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         problems: Problems::default(),
         crew: workers::Crew::default(),
         exports: front::nbd::Exports::new(home.clone()),
+        direct: front::direct::queue(),
         max_readahead: config.max_readahead,
         removed: std::sync::Mutex::default(),
         ending: std::sync::atomic::AtomicBool::new(false),
@@ -195,6 +214,12 @@ fn start_helpers(core: &Arc<Core>) -> io::Result<()> {
     let pool = core.objects.pool.clone();
     spawn("mirror-layers", move || pool.work())?;
     foresight::start(core, spawn)?;
+    let asked = core.clone();
+    spawn("mirror-asked", move || asked.watch_desk())?;
+    let landing = core.clone();
+    if core.direct.is_some() {
+        spawn("mirror-direct", move || landing.direct.iter().for_each(|aio| landing.answer_landed(aio)))?;
+    }
     let ahead = core.clone();
     spawn("mirror-prefetch", move || {
         // Linux gives each thread its own niceness.

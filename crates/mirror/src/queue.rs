@@ -33,8 +33,20 @@ pub(crate) struct Serving<'a>(&'a Demand);
 impl Demand {
     /// A request has arrived.
     pub(crate) fn serve(&self) -> Serving<'_> {
-        self.now.fetch_add(1, Ordering::AcqRel);
+        self.arrive();
         Serving(self)
+    }
+
+    /// A request has arrived that another thread will answer, and tell by [`Demand::leave`].
+    pub(crate) fn arrive(&self) {
+        self.now.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A request that arrived so has been answered.
+    pub(crate) fn leave(&self) {
+        if self.now.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.ceased.notify_one();
+        }
     }
 
     /// Waits until no request is being answered, but not for ever.
@@ -57,9 +69,7 @@ impl Demand {
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
-        if self.0.now.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.ceased.notify_one();
-        }
+        self.0.leave();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::control::{StoreState, Warmth};
 use base::ByteRange;
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// The store, as the mirror sees it.
@@ -44,6 +45,60 @@ pub trait Versions: Send + Sync {
         let _ = name;
         false
     }
+
+    /// The names of the blobs, sorted.
+    ///
+    /// # Errors
+    /// As [`Versions::read_at`]; so with all that follow.
+    fn blobs(&self) -> Result<Vec<String>, VersionError> {
+        Ok(Vec::new())
+    }
+
+    /// A blob by name; none: there is none.
+    ///
+    /// # Errors
+    /// As [`Versions::blobs`].
+    fn blob(&self, _name: &str) -> Result<Option<BlobEntry>, VersionError> {
+        Ok(None)
+    }
+
+    /// A version of a blob by number; none: there is none, or it was deleted.
+    ///
+    /// # Errors
+    /// As [`Versions::blobs`].
+    fn blob_version(&self, _name: &str, _number: u64) -> Result<Option<BlobVersionEntry>, VersionError> {
+        Ok(None)
+    }
+
+    /// Numbers of versions of a blob that are not deleted, ascending from `from` on, at most `most`.
+    ///
+    /// # Errors
+    /// As [`Versions::blobs`].
+    fn blob_versions(&self, _name: &str, _from: u64, _most: usize) -> Result<Vec<u64>, VersionError> {
+        Ok(Vec::new())
+    }
+}
+
+/// A blob, as the tree shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobEntry {
+    /// Number of its latest version.
+    pub latest: u64,
+    /// Numbers of versions by tag.
+    pub tags: BTreeMap<String, u64>,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// A version of a blob, as the tree shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobVersionEntry {
+    /// The version in text.
+    pub version: String,
+    /// Its bytes.
+    pub size: u64,
+    /// When it was published, in milliseconds since 1970.
+    pub time_ms: u64,
 }
 
 /// Why a version's bytes cannot be served.

@@ -146,6 +146,7 @@ impl Server {
                 send(stream, &reply(objects.versions().warm(&name, &versions, begin, pin)))
             }
             Request::Unpin { name } => send(stream, &Reply::Ok(objects.versions().unpin(&name))),
+            Request::Tree(request) => send(stream, &core.serve_tree(request)),
             Request::FuseFd => unreachable!("answered where the descriptor is passed"),
             Request::Shutdown { unmount } => {
                 let done = if unmount { self.unmount() } else { Ok(()) };

@@ -5,13 +5,15 @@
 //! layers), and what its cache holds as soon as the copies that this keeps have been read.
 
 use crate::control::{StoreState, Warmth};
-use crate::resolve::{VersionError, Versions};
+use crate::home::{read_json_or_default, replace_json_durably};
+use crate::resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
 use base::ByteRange;
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
+use store::blob::BlobInfo;
 use store::engine::Cached;
 use store::engine::cached::Pin;
 use store::{Error, Mode, Store, Version};
@@ -36,7 +38,8 @@ pub struct StoreVersions {
     trouble: Mutex<Option<String>>,
     tried: Condvar,
     /// Chunks kept in the cache, by the name that they were asked for under.
-    pins: Mutex<BTreeMap<String, Pin>>,
+    pins: Mutex<BTreeMap<String, (Vec<String>, Pin)>>,
+    pins_file: Option<PathBuf>,
 }
 
 impl StoreVersions {
@@ -54,10 +57,12 @@ impl StoreVersions {
     ///
     /// # Errors
     /// No thread can be had.
+    /// `pins` is a file in which it is kept what is pinned in the cache.
     pub fn open_in_background(
+        pins: PathBuf,
         open: impl Fn() -> Result<Opened, String> + Send + 'static,
     ) -> std::io::Result<Arc<Self>> {
-        let versions = Arc::new(Self::closed());
+        let versions = Arc::new(Self { pins_file: Some(pins), ..Self::closed() });
         let mine = Arc::clone(&versions);
         std::thread::Builder::new().name("mirror-store".to_owned()).spawn(move || {
             loop {
@@ -67,6 +72,7 @@ impl StoreVersions {
                         // A reader is before its look or in its wait, not between.
                         drop(mine.trouble.lock().expect("no holder panics"));
                         mine.tried.notify_all();
+                        mine.pin_again();
                         return;
                     }
                     Err(why) => {
@@ -85,7 +91,13 @@ impl StoreVersions {
     }
 
     fn closed() -> Self {
-        Self { opened: OnceLock::new(), trouble: Mutex::default(), tried: Condvar::new(), pins: Mutex::default() }
+        Self {
+            opened: OnceLock::new(),
+            trouble: Mutex::default(),
+            tried: Condvar::new(),
+            pins: Mutex::default(),
+            pins_file: None,
+        }
     }
 
     /// Whoever comes while it is opened for the first time waits a while: a mirror just started is no fault.
@@ -98,6 +110,34 @@ impl StoreVersions {
         let (trouble, _) = self.tried.wait_timeout_while(trouble, OPEN_WAIT, tried).expect("no holder panics");
         let why = trouble.as_deref().unwrap_or("its medium does not answer");
         self.opened.get().ok_or_else(|| format!("the store is not open yet: {why}"))
+    }
+
+    /// Notes what is pinned, for the next mirror.
+    fn keep_pins(&self, pins: &BTreeMap<String, (Vec<String>, Pin)>) -> Result<(), String> {
+        let Some(file) = &self.pins_file else { return Ok(()) };
+        let named: BTreeMap<&String, &Vec<String>> =
+            pins.iter().map(|(name, (versions, _))| (name, versions)).collect();
+        replace_json_durably(file, &named).map_err(|e| format!("keeping the list of what is pinned: {e}"))
+    }
+
+    /// Pins what the last mirror had pinned.
+    fn pin_again(&self) {
+        let Some(file) = &self.pins_file else { return };
+        let named: BTreeMap<String, Vec<String>> = read_json_or_default(file).unwrap_or_else(|error| {
+            log::error!("what was pinned in the cache is not known any more: {error}");
+            BTreeMap::new()
+        });
+        for (name, versions) in named {
+            if let Err(error) = self.warm(&name, &versions, true, true) {
+                log::error!("{name} is not pinned in the cache any more: {error}");
+            }
+        }
+    }
+
+    /// The store, for what is asked of it by name.
+    fn store(&self, what: &str) -> Result<&Store, VersionError> {
+        let unavailable = |why| VersionError::Unavailable { version: what.to_owned(), offset: 0, why };
+        Ok(&self.opened().map_err(unavailable)?.store)
     }
 
     /// The store and a version of it.
@@ -154,7 +194,9 @@ impl Versions for StoreVersions {
         }
         if begin && pin {
             let pin = cache.pin(&places).map_err(|e| e.to_string())?;
-            self.pins.lock().expect("no holder panics").insert(name.to_owned(), pin);
+            let mut pins = self.pins.lock().expect("no holder panics");
+            pins.insert(name.to_owned(), (versions.to_vec(), pin));
+            self.keep_pins(&pins)?;
         } else if begin {
             cache.prefetch(&places);
         }
@@ -171,7 +213,57 @@ impl Versions for StoreVersions {
     }
 
     fn unpin(&self, name: &str) -> bool {
-        self.pins.lock().expect("no holder panics").remove(name).is_some()
+        let mut pins = self.pins.lock().expect("no holder panics");
+        let removed = pins.remove(name).is_some();
+        if let Err(error) = self.keep_pins(&pins) {
+            log::warn!("{error}");
+        }
+        removed
+    }
+
+    fn blobs(&self) -> Result<Vec<String>, VersionError> {
+        self.store("of any blob")?.blobs().map_err(|e| failed("of any blob", 0, &e))
+    }
+
+    fn blob(&self, name: &str) -> Result<Option<BlobEntry>, VersionError> {
+        let info = self.store(name)?.blob(name).and_then(|blob| blob.info());
+        let entry = |info: BlobInfo| BlobEntry { latest: info.latest, tags: info.tags, created_ms: info.created_ms };
+        there(name, info.map(entry))
+    }
+
+    fn blob_version(&self, name: &str, number: u64) -> Result<Option<BlobVersionEntry>, VersionError> {
+        let found = self.store(name)?.blob(name).and_then(|blob| {
+            let (_, version) = blob.version(number)?;
+            let logged = blob.log(number..number + 1)?;
+            let time_ms = logged.first().map_or(0, |entry| entry.time_ms);
+            Ok(BlobVersionEntry { version: version.to_string(), size: version.size, time_ms })
+        });
+        there(name, found)
+    }
+
+    fn blob_versions(&self, name: &str, from: u64, most: usize) -> Result<Vec<u64>, VersionError> {
+        let store = self.store(name)?;
+        let mut found = Vec::new();
+        let mut at = from;
+        while found.len() < most {
+            let entries = store.blob(name).and_then(|blob| blob.log(at..at.saturating_add(most as u64)));
+            let Some(entries) = there(name, entries)? else { break };
+            let Some(last) = entries.last() else { break };
+            at = last.number + 1;
+            found.extend(entries.iter().filter(|entry| !entry.deleted).map(|entry| entry.number));
+        }
+        found.truncate(most);
+        Ok(found)
+    }
+}
+
+/// What is not there is no error.
+fn there<T>(name: &str, found: Result<T, Error>) -> Result<Option<T>, VersionError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        // A name that cannot be one names nothing.
+        Err(Error::NotFound { .. } | Error::Invalid(_)) => Ok(None),
+        Err(e) => Err(failed(&format!("of blob {name}"), 0, &e)),
     }
 }
 

@@ -5,9 +5,9 @@ mod common;
 use base::{ByteRange, RamFileId, RamMap, Source};
 use common::{Aligned, Mapping, Mirror, PAGE, bytes, in_child, kill, reap};
 use mirror::{Below, Holder, OverlaySpec, RamSource, RamSpec, process_start};
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -273,6 +273,120 @@ fn unaligned_requests_of_many_threads_hold_what_was_written_last() {
         assert!(got.iter().all(|&b| usize::from(b) == piece % 4 + 1), "piece {piece}");
     }
     assert!(all[1_000_000..] == bytes(6, size)[1_000_000..]);
+}
+
+/// Whether a page of a file is in the page cache, by `cachestat(2)` (Linux 6.5).
+fn is_cached(file: &File, offset: u64) -> bool {
+    let (range, mut found) = ([offset, 1], [0u64; 5]);
+    // SAFETY: the kernel reads two words and writes five, which live through the call.
+    let asked = unsafe { libc::syscall(451, file.as_raw_fd(), range.as_ptr(), found.as_mut_ptr(), 0) };
+    assert_eq!(asked, 0, "{}", std::io::Error::last_os_error());
+    found[0] > 0
+}
+
+/// Requests of all lengths about those at which a disk changes from the page cache to direct reads and writes, on
+/// blocks of several sizes, against an array.
+fn hold_what_an_array_holds(mirror: &Mirror, id: u64, block_size: u64) {
+    const SIZE: usize = 2 << 20;
+    let mut array = bytes(block_size, SIZE);
+    mirror.put_version("image", &array);
+    let below = Below::Version("image".to_owned());
+    mirror.client().add_overlay(OverlaySpec { id, vm: "a".to_owned(), size: SIZE as u64, block_size, below }).unwrap();
+    let (past, through) = (mirror.open_disk(id), File::options().read(true).write(true).open(mirror.disk(id)).unwrap());
+    let mut buf = Aligned::new(SIZE);
+    let mut seed = block_size;
+    let mut draw = |below: usize| {
+        seed = u64::from_le_bytes(bytes(seed, 8).try_into().unwrap());
+        (seed >> 8) as usize % below
+    };
+    for round in 0..600 {
+        let near = [512, 4096, 64 << 10, 128 << 10, 256 << 10][draw(5)];
+        let unit = [1, 512, 4096][draw(3)];
+        let len = (near + draw(9) * unit).saturating_sub(4 * unit).max(unit).next_multiple_of(unit);
+        let at = draw((SIZE - len) / unit) * unit;
+        let file = if unit == 1 { &through } else { &past };
+        match draw(5) {
+            0 | 1 => {
+                let data = bytes(round, len);
+                buf.get(len).copy_from_slice(&data);
+                file.write_all_at(buf.get(len), at as u64).unwrap();
+                array[at..at + len].copy_from_slice(&data);
+            }
+            2 => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                // SAFETY: an open descriptor and plain numbers.
+                let punched = unsafe { libc::fallocate(file.as_raw_fd(), mode, at as i64, len as i64) };
+                assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+                array[at..at + len].fill(0);
+            }
+            _ => {}
+        }
+        if draw(4) == 0 {
+            mirror.drop_layers();
+        }
+        let at = draw((SIZE - len) / unit) * unit;
+        file.read_exact_at(buf.get(len), at as u64).unwrap();
+        assert!(buf.get(len) == &array[at..at + len], "blocks of {block_size}, round {round}: {len} bytes at {at}");
+    }
+    assert!(std::fs::read(mirror.disk(id)).unwrap() == array, "blocks of {block_size}");
+}
+
+#[test]
+fn requests_of_every_length_hold_what_an_array_holds() {
+    let mirror = Mirror::start();
+    for (id, block_size) in [(0x20, 512), (0x21, 4096), (0x22, 64 << 10)] {
+        hold_what_an_array_holds(&mirror, id, block_size);
+    }
+}
+
+#[test]
+fn a_file_system_without_direct_access_serves_as_well() {
+    for kind in [c"tmpfs", c"ramfs"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_owned();
+        let at = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: strings that end in a zero byte and live through the call.
+        let mounted = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+        assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
+        {
+            let mirror = Mirror::start_in(dir);
+            hold_what_an_array_holds(&mirror, 0x20, 4096);
+            let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(mirror.store.join("image"));
+            assert_eq!(direct.is_err(), kind == c"ramfs", "ramfs is here because it refuses O_DIRECT");
+        }
+        common::unmount(&path);
+    }
+}
+
+#[test]
+fn what_one_disk_alone_holds_is_read_and_written_past_the_page_cache() {
+    const LONG: usize = 256 << 10;
+    let mirror = Mirror::start();
+    let size = 1 << 20;
+    let spec = OverlaySpec { id: 0x20, vm: "a".to_owned(), size, block_size: 4096, below: Below::Zero };
+    mirror.client().add_overlay(spec).unwrap();
+    let disk = mirror.open_disk(0x20);
+    let mut buf = Aligned::new(LONG);
+    let content = bytes(7, LONG);
+    buf.get(LONG).copy_from_slice(&content);
+    disk.write_all_at(buf.get(LONG), 0).unwrap();
+    let layers = mirror.drop_layers();
+    disk.write_all_at(buf.get(LONG), 512 << 10).unwrap();
+    for page in (0..LONG as u64).step_by(4096) {
+        disk.read_exact_at(buf.get(4096), page).unwrap();
+        assert!(buf.get(4096) == &content[page as usize..page as usize + 4096]);
+    }
+    let written: Vec<_> = layers.iter().filter(|file| file.metadata().unwrap().len() > 0).collect();
+    assert_eq!(written.len(), 1, "one layer holds all of it");
+    for at in [0, 4096, 512 << 10, (768 << 10) - 4096] {
+        assert!(!is_cached(written[0], at), "{at}");
+    }
+    let stats = &mirror.client().stats(None).unwrap().vms["a"];
+    assert_eq!((stats.disk_reads, stats.disk_read_bytes, stats.disk_hits), (64, LONG as u64, 64));
+    // And what many share is worth the cache.
+    mirror.client().mark(0x20, 0x30).unwrap();
+    disk.read_exact_at(buf.get(4096), 8192).unwrap();
+    assert!(buf.get(4096) == &content[8192..12288] && is_cached(written[0], 8192));
 }
 
 /// A fork of many registers them all at once.

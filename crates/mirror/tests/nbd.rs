@@ -326,7 +326,10 @@ fn what_was_answered_outlives_killed_mirrors() {
     fio(&["--verify_only"]);
     // Under load, with a client that connects again: each write is answered once, by this mirror or by the next.
     let socket = socket(&mirror, "d");
-    let image = format!("driver=nbd,server.type=unix,server.path={},export=d,reconnect-delay=60", socket.display());
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export=d,reconnect-delay=60,open-timeout=60",
+        socket.display()
+    );
     let place = |n: usize| format!("{} 60k", 48 * MIB + (n % 200) * (64 << 10));
     let writes = (0..2000).flat_map(|n| ["-c".to_owned(), format!("write -P {} {}", 1 + n / 200, place(n))]);
     let mut child = Command::new("qemu-io")
@@ -352,6 +355,8 @@ fn what_was_answered_outlives_killed_mirrors() {
     let reads: Vec<String> = (0..200).map(|n| format!("read -P 10 {}", place(n))).collect();
     let text = qemu_io(&uri, &reads.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(!text.contains("Pattern verification failed"), "{text}");
+    // From the device, many at once.
+    mirror.drop_layers();
     fio(&["--verify_only"]);
     assert!(mirror.client().remove(&[0x100]).unwrap_err().to_string().contains("export d"));
     assert!(mirror.client().remove_export("d").unwrap() && !mirror.client().remove_export("d").unwrap());

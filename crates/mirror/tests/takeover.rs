@@ -169,6 +169,42 @@ fn a_killed_mirror_is_replaced_under_load() {
     assert!(rebuilt == now, "the dirty blocks of all views make the disk");
 }
 
+/// `fio` writes in short and long requests, many at once, and reads all of it again, while mirrors die.
+#[test]
+fn what_was_written_past_the_page_cache_verifies_over_killed_mirrors() {
+    let mut mirror = Mirror::start();
+    let mut client = mirror.client();
+    let size = 128 << 20;
+    let below = Below::Zero;
+    client.add_overlay(OverlaySpec { id: 0x20, vm: "vm".to_owned(), size, block_size: 4096, below }).unwrap();
+    let kept = fuse_fd_of(&socket_path(&mirror.home)).unwrap();
+    let file = format!("--filename={}", mirror.disk(0x20).display());
+    let all = ["--ioengine=libaio", "--direct=1", "--iodepth=16", "--verify=crc32c", "--verify_interval=4096"];
+    let more = ["--verify_fatal=1", "--verify_state_save=0", "--rw=randwrite", "--loops=2", "--output=/dev/null"];
+    let short = ["--name=short", "--bs=4k", "--size=32m", "--offset=0"];
+    let long = ["--name=long", "--bs=256k", "--size=96m", "--offset=32m"];
+    let mut fio = std::process::Command::new("timeout");
+    fio.args(["-k", "5", "120", "fio", &file]).args(all).args(more).args(short).args(long);
+    let mut fio = fio.spawn().expect("fio (`make setup`)");
+    let mut kills = 0;
+    let ended = loop {
+        if let Some(ended) = fio.try_wait().unwrap() {
+            break ended;
+        }
+        std::thread::sleep(Duration::from_millis(20 + kills * 7 % 60));
+        if kills < 2 * KILLS {
+            mirror.kill();
+            mirror.spawn(Some(&kept));
+            client.hello().unwrap();
+            kills += 1;
+        }
+    };
+    assert!(ended.success(), "fio: {ended} after {kills} kills");
+    assert!(kills >= 3, "it was over before mirrors died: {kills}");
+    let stats = client.stats(None).unwrap();
+    assert_eq!((stats.waiting, stats.problems), (vec![], vec![]));
+}
+
 #[test]
 fn a_mirror_ended_by_sigterm_unmounts_nothing() {
     let mut mirror = Mirror::start();

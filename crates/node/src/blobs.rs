@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::node::Node;
-use crate::sweep;
+use crate::{mirrored, sweep};
 use api::{Blob, BlobChanged, BlobClone, BlobCreate, BlobDiff, BlobSnapshot, BlobSnapshotRequest, BlobVersion};
 use base::ByteRange;
 use std::fs::File;
@@ -65,7 +65,7 @@ impl Node {
     /// # Errors
     /// Where there is none of that name.
     pub fn delete_blob(&self, name: &str) -> Result<()> {
-        self.blob(name)?.delete()?;
+        mirrored::deleting(&self.shared, name, None, || Ok(self.blob(name)?.delete()?))?;
         sweep::sweep(&self.shared)
     }
 
@@ -171,7 +171,9 @@ impl Node {
     /// # Errors
     /// Where there is no such blob, or the range reaches beyond its end.
     pub fn zero_blob(&self, name: &str, range: ByteRange) -> Result<BlobChanged> {
-        Ok(BlobChanged { number: self.blob(name)?.zero(range)?, bytes: range.len() })
+        let number = self.blob(name)?.zero(range)?;
+        self.committer.note_commit();
+        Ok(BlobChanged { number, bytes: range.len() })
     }
 
     /// Cuts a blob, or makes it grow with zeros.
@@ -181,7 +183,9 @@ impl Node {
     pub fn resize_blob(&self, name: &str, size: u64) -> Result<BlobChanged> {
         let blob = self.blob(name)?;
         let before = blob.latest()?.1.size;
-        Ok(BlobChanged { number: blob.resize(size)?, bytes: before.abs_diff(size) })
+        let number = blob.resize(size)?;
+        self.committer.note_commit();
+        Ok(BlobChanged { number, bytes: before.abs_diff(size) })
     }
 
     /// Makes clones of a version.
@@ -238,7 +242,7 @@ impl Node {
     /// # Errors
     /// Where it is the latest, tagged, or not there.
     pub fn delete_blob_version(&self, name: &str, number: u64) -> Result<()> {
-        self.blob(name)?.delete_version(number)?;
+        mirrored::deleting(&self.shared, name, Some(number), || Ok(self.blob(name)?.delete_version(number)?))?;
         sweep::sweep(&self.shared)
     }
 

@@ -6,10 +6,12 @@
 //! <home>/cache/{mirror,daemon,near}   what is kept of that
 //! <home>/run/                    sockets, locks and logs of our processes
 //! <home>/mnt/{ram,disk}/<id>     the mirror's mount
+//! <home>/mnt/blob/<name>/<n>     the versions of blobs in it
 //! <home>/mirror/                 the mirror's records and layers
 //! <home>/vms/<id>/               a VM: vm.json, ram.map, sockets, logs
 //! <home>/pending/<id>.{json,device}   snapshots that are frozen and not yet in the store
 //! <home>/exports/<name>.json    disks served over NBD, and scratch disks that are kept
+//! <home>/files/<id>.json        versions of blobs with local changes in the mirror
 //! <home>/kernels/                kernels and initial RAM disks of images, by content
 //! <home>/work/                   image builds and imports under way
 //! <home>/next-id                 ids up to this number may be in use
@@ -54,7 +56,7 @@ impl Home {
                 root.display()
             )));
         }
-        for dir in ["run", "vms", "pending", "exports", "kernels", "work"] {
+        for dir in ["run", "vms", "pending", "exports", "files", "kernels", "work"] {
             let dir = root.join(dir);
             std::fs::create_dir_all(&dir).map_err(Error::io("make", &dir))?;
         }

@@ -11,8 +11,10 @@ use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
 use mirror::control::{
-    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamSource, RamSpec, Recording, Stats, ViewChanges,
+    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamSource, RamSpec, Recording, Stats, StoreState, ViewChanges,
+    Warmth,
 };
+use mirror::{Ask, AskAnswer, FilePlace, Opens};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -246,6 +248,70 @@ impl MirrorLink {
         self.client().list().map_err(refused)
     }
 
+    /// The next thing that the kernel asks for and only the daemon can do, none of `known`.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn next_ask(&self, known: &[String], wait: Duration) -> Result<Option<Ask>> {
+        self.client().next_ask(known, wait).map_err(refused)
+    }
+
+    /// What became of that.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn answer_ask(&self, token: &str, answer: AskAnswer) -> Result<bool> {
+        self.client().answer_ask(token, answer).map_err(refused)
+    }
+
+    /// Sets which mirrored files there are.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn set_files(&self, files: Vec<FilePlace>) -> Result<()> {
+        self.client().set_files(files).map_err(refused)
+    }
+
+    /// What is open in the tree of blobs.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn opens(&self) -> Result<Opens> {
+        self.client().opens().map_err(refused)
+    }
+
+    /// Lets nobody open a version of a blob, or any of it; what is open in the tree.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn bar(&self, blob: &str, number: Option<u64>) -> Result<Opens> {
+        self.client().bar(blob, number).map_err(refused)
+    }
+
+    /// Takes one bar back, or all.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn lift(&self, bar: Option<(String, Option<u64>)>) -> Result<()> {
+        self.client().lift(bar).map_err(refused)
+    }
+
+    /// Withdraws a mirrored file that nobody has open and that has no changes, or of no use ones; whether it was so.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn retire(&self, overlay: u64, changed: bool) -> Result<bool> {
+        self.client().retire(overlay, changed).map_err(refused)
+    }
+
+    /// Bytes of a mirrored file's local changes.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn changed_bytes(&self, overlay: u64) -> Result<u64> {
+        self.client().changed_bytes(overlay).map_err(refused)
+    }
+
     /// Whether there is a RAM file `id`.
     ///
     /// # Errors
@@ -300,6 +366,30 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn stats(&self, vm: Option<&str>) -> Result<Stats> {
         self.client().stats(vm).map_err(refused)
+    }
+
+    /// How the store does.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn store(&self) -> Result<StoreState> {
+        self.client().store().map_err(refused)
+    }
+
+    /// How much of some versions is in the cache.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn warm(&self, name: &str, versions: &[String], begin: bool, pin: bool) -> Result<Warmth> {
+        self.client().warm(name, versions, begin, pin).map_err(refused)
+    }
+
+    /// Lets the cache evict what was pinned; whether something was.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn unpin(&self, name: &str) -> Result<bool> {
+        self.client().unpin(name).map_err(refused)
     }
 
     /// Why a VM waits for a page, where it does.

@@ -8,10 +8,11 @@ use crate::error::{Error, Result};
 use crate::exports::ExportRecord;
 use crate::home::Home;
 use crate::mirror_link::MirrorLink;
+use crate::mirrored::Files;
 use crate::place::Place;
 use crate::record::{self, FreezeRecord, Life, Origin, VmRecord};
 use crate::vm::{self, Source, Starting, Vm};
-use crate::{image, names, sweep};
+use crate::{image, mirrored, names, sweep};
 use api::{ForkReply, ForkRequest, From, Offshoot, RunRequest};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -66,6 +67,8 @@ pub struct Shared {
     pub(crate) exports: Mutex<BTreeMap<String, ExportRecord>>,
     /// Held by whoever changes those, over all that belongs to the change.
     pub(crate) exporting: Mutex<()>,
+    /// Versions of blobs with local changes.
+    pub(crate) files: Files,
 }
 
 /// What a name stands for.
@@ -188,11 +191,14 @@ impl Node {
             tagging: Mutex::default(),
             exports: Mutex::default(),
             exporting: Mutex::default(),
+            files: Files::default(),
         });
         let committer = Committer::start(&shared)?;
         crate::recover::recover(&shared, &committer)?;
         crate::exports::recover(&shared)?;
+        mirrored::recover(&shared)?;
         sweep::sweep(&shared)?;
+        mirrored::start(&shared)?;
         Ok(Self { shared, committer })
     }
 

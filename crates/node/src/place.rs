@@ -18,7 +18,8 @@ use crate::home::{self, write_atomically};
 use crate::record;
 use mirror::{Opened, StoreVersions};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use store::engine::cached::CacheOptions;
@@ -260,10 +261,10 @@ impl Place {
     /// No thread can be had.
     pub fn versions(self, home: &Path) -> Result<Arc<StoreVersions>> {
         let home = home.to_owned();
+        let pins = home.join("mirror/pins.json");
         let open = move || -> std::result::Result<Opened, String> {
             let dir = Self::cache_dir(&home, "mirror");
-            let limits = Limits { attempts: 2, ..patient() };
-            let behind = self.behind(&home, limits).map_err(|e| e.whole())?;
+            let behind = self.behind(&home, patient()).map_err(|e| e.whole())?;
             let bytes = self.cache_bytes - 2 * self.part();
             let options = CacheOptions { stale_reads: true, ..CacheOptions::new(bytes) };
             let cache = Cached::open(behind, &dir, &options).map_err(|e| format!("{}: {e}", dir.display()))?;
@@ -271,17 +272,16 @@ impl Place {
             let store = Store::open_engine(Arc::clone(&cache) as Arc<dyn Engine>, Mode::ReadOnly);
             Ok(Opened { store: store.map_err(|e| Error::from(e).whole())?, cache: Some(cache) })
         };
-        let home = || PathBuf::from("the store");
-        StoreVersions::open_in_background(open).map_err(|e| Error::io("start a thread for", home())(e))
+        StoreVersions::open_in_background(pins, open).map_err(Error::io("start a thread for", "the store"))
     }
 }
 
 /// Limits of requests of a node: whoever waits for one is a person or a guest.
 fn patient() -> Limits {
     Limits {
-        attempt: Duration::from_secs(5),
-        attempts: 3,
-        circuit_failures: 4,
+        attempt: Duration::from_secs(4),
+        attempts: 2,
+        circuit_failures: 3,
         circuit_open: Duration::from_secs(2),
         ..Limits::default()
     }

@@ -1,9 +1,11 @@
 //! Giving back what nothing names: RAM files, disk views, and their content in the store.
 //!
 //! What is kept is found from the roots each time, never counted: VMs (the files their RAM maps, and what their
-//! next freeze builds upon), overlays (the view they stand on), NBD exports and kept scratch disks, freezes not yet stored, and tagged snapshots.
+//! next freeze builds upon), overlays (the view they stand on), NBD exports and kept scratch disks, versions of blobs
+//! that are open or have local changes, freezes not yet stored, and tagged snapshots.
 
 use crate::error::Result;
+use crate::mirrored;
 use crate::node::Shared;
 use crate::snapshots::meta;
 use base::RamMap;
@@ -21,6 +23,7 @@ pub(crate) fn sweep(shared: &Arc<Shared>) -> Result<()> {
 }
 
 fn sweep_now(shared: &Arc<Shared>) -> Result<()> {
+    mirrored::prune(shared)?;
     // Whoever makes objects holds this for reading until they can be reached from a root.
     let _alone = shared.making.write().expect("no holder panics");
     let objects = shared.mirror.list()?;
@@ -44,6 +47,7 @@ fn sweep_now(shared: &Arc<Shared>) -> Result<()> {
     }
     let (overlays, _) = shared.export_roots();
     keep.extend(overlays);
+    keep.extend(shared.files.roots().0);
     for record in &pending {
         keep.insert(record.id);
         keep.extend(&record.views);
@@ -84,8 +88,10 @@ fn sweep_now(shared: &Arc<Shared>) -> Result<()> {
 /// Deletes the pins of VMs and exports that are no more: a daemon that died may have pinned for one that it never recorded.
 fn unpin(shared: &Arc<Shared>) -> Result<()> {
     let (_, exports) = shared.export_roots();
-    let ids = shared.vms().into_iter().map(|vm| vm.id).chain(exports);
-    let pins: BTreeSet<String> = ids.map(|id| shared.pin_head(id)).collect();
+    let (_, files) = shared.files.roots();
+    let ids = shared.vms().into_iter().map(|vm| vm.id).chain(exports).chain(files);
+    let mut pins: BTreeSet<String> = ids.map(|id| shared.pin_head(id)).collect();
+    pins.extend(mirrored::open_pins(shared)?);
     for head in shared.store.heads(&shared.own_heads("pin"))?.into_iter().filter(|head| !pins.contains(head)) {
         shared.store.delete_head(&head)?;
     }

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::node::Node;
 use crate::record::SnapshotMeta;
+use crate::shared::{heads_of_gone, nodes};
 use crate::snapshots::meta;
 use crate::sweep;
 use api::{Credentials, GcPack, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest};
@@ -97,8 +98,16 @@ impl Node {
             keep_last: request.keep_last.unwrap_or(0),
             keep_within: Duration::from_secs(request.keep_within_s.unwrap_or(0)),
         };
-        let drops = snapshots_to_drop(store, &rule)?;
-        let mut reply = GcReply { dropped: drops.iter().map(|h| shown(h)).collect(), ..GcReply::default() };
+        let mut drops = snapshots_to_drop(store, &rule)?;
+        let own = self.shared.place.as_ref().filter(|_| other.is_none()).map(|place| place.node.as_str());
+        if let Some(id) = &request.drop_node {
+            drops.extend(heads_of_gone(store, id, own)?);
+        }
+        let mut reply = GcReply {
+            dropped: drops.iter().map(|h| shown(h)).collect(),
+            nodes: nodes(store, own)?,
+            ..GcReply::default()
+        };
         if request.dry_run {
             let explained = store.explain_collection(&drops)?;
             (reply.bytes, reply.bytes_later) = (explained.bytes_now, explained.bytes_later);
@@ -132,7 +141,7 @@ impl Node {
     }
 
     /// The head that a name stands for in `store`.
-    fn head_of(&self, store: &Store, name: &str) -> Result<String> {
+    pub(crate) fn head_of(&self, store: &Store, name: &str) -> Result<String> {
         let there = |head: &str| -> Result<bool> { Ok(store.head(head)?.is_some()) };
         let kind = KINDS
             .iter()

@@ -26,7 +26,7 @@
 //! reader of a blob had to resolve, and what asks for it, the disks and memory of a machine, is one head already.
 
 mod edit;
-mod history;
+pub(crate) mod history;
 mod publish;
 mod snapshot;
 
@@ -143,6 +143,16 @@ impl Store {
         Ok(published.into_iter().zip(blobs).map(|(result, blob)| result.map(|_| blob)).collect())
     }
 
+    /// Makes a blob whose version 0 is `version`, which something of this store holds; `origin` says which it was.
+    ///
+    /// # Errors
+    /// There is one of that name ([`Error::HeadChanged`]); the version is not there, or the name cannot be.
+    pub fn create_blob_of(&self, name: &str, version: Version, origin: Option<&Origin>) -> Result<Blob<'_>, Error> {
+        let tx = self.begin();
+        let made = self.make_blobs(tx.held(version)?, origin, &[name])?;
+        made.into_iter().next().expect("a result for each name")
+    }
+
     /// The blob of that name.
     ///
     /// # Errors
@@ -171,6 +181,11 @@ impl Store {
 pub(crate) fn logical_bytes(head: &str, manifest: &Manifest) -> u64 {
     let latest = manifest.versions.get(history::LATEST).filter(|_| head.starts_with(PREFIX));
     latest.map_or_else(|| manifest.versions.values().map(|version| version.size).sum(), |version| version.size)
+}
+
+/// Whether what `head` calls `called` serves versions that are not the latest: history and log of a blob.
+pub(crate) fn is_past(head: &str, called: &str) -> bool {
+    head.starts_with(PREFIX) && called != history::LATEST
 }
 
 fn check_size(size: u64) -> Result<(), Error> {
@@ -346,15 +361,34 @@ impl<'a> Blob<'a> {
     pub fn commit(&self, changes: &Changes<'_>) -> Result<(u64, CommitStat), Error> {
         self.prepared(Change::Write, |tx, base| {
             let (ours, stat) = tx.commit(&base, changes)?;
-            let mut ranges: Vec<ByteRange> = [changes.written, changes.zeroed].concat();
-            ranges.sort_unstable_by_key(|range| range.start);
-            ranges.dedup_by(|next, last| {
-                let joins = next.start <= last.end;
-                last.end = if joins { last.end.max(next.end) } else { last.end };
-                joins
-            });
-            Ok((Work { base, ours, ranges, append: false }, stat))
+            Ok((Work { base, ours, ranges: touched(changes), append: false }, stat))
         })
+    }
+
+    /// Publishes changes of whole blocks of version `onto` as the version behind it: nothing is merged with what
+    /// others published. The number and the version.
+    ///
+    /// # Errors
+    /// `onto` is not the latest, or no longer when this would be published ([`Error::HeadChanged`]); or as
+    /// [`Blob::commit`].
+    pub fn commit_onto(&self, onto: u64, changes: &Changes<'_>) -> Result<(u64, Version), Error> {
+        self.store.writable("write to a blob")?;
+        let tx = self.store.begin();
+        let work = self.attempt(|state, tx_base| {
+            if state.number() != onto {
+                return Err(self.moved_on());
+            }
+            let base = tx_base(&tx)?;
+            let (ours, _) = tx.commit(&base, changes)?;
+            Ok(Work { base, ours, ranges: touched(changes), append: false })
+        })?;
+        let ours = work.ours;
+        let number = self.submit(&tx, Op::Follow { work, parent: onto })?;
+        Ok((number, ours))
+    }
+
+    fn moved_on(&self) -> Error {
+        Error::HeadChanged { head: head(&self.name), found: "another version was published behind that one" }
     }
 
     /// Cuts it, or makes it grow with zeros, in a new version.
@@ -459,6 +493,18 @@ impl<'a> Blob<'a> {
             }
         }
     }
+}
+
+/// The ranges that changes touch, ascending and joined.
+fn touched(changes: &Changes<'_>) -> Vec<ByteRange> {
+    let mut ranges: Vec<ByteRange> = [changes.written, changes.zeroed].concat();
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let joins = next.start <= last.end;
+        last.end = if joins { last.end.max(next.end) } else { last.end };
+        joins
+    });
+    ranges
 }
 
 /// Refuses ranges that do not ascend within a blob of `size` bytes.

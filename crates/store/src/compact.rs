@@ -1,27 +1,31 @@
 //! Moving what lives out of frames that are mostly dead, so that scattered survivors do not keep the space of
 //! everything around them; and out of small packs when there are many, so that a long history of small commits does
-//! not become as many files.
+//! not become as many files. `arrange` says in which order.
 //!
 //! The survivors are written into a new pack, which is made durable before anyone is told; then their entries
 //! point there, the old frames have nothing that lives, and the collection gives them up. A crash in between
 //! leaves two good copies, of which the one in the newer pack counts. No more is copied than is freed, but for small
-//! packs: what they hold is copied until it is a pack that is not small, once for [`SMALL_PACKS_MAX`] commits.
+//! packs: what they hold is copied until it is a pack that is not small, once for [`SMALL_PACKS_MAX`] commits, and with it
+//! leaves of trees that take no more than twice what the nodes above them do.
 
+use crate::arrange::Reading;
 use crate::catalog::Location;
 use crate::error::Error;
 use crate::frame::{self, FRAME_NODES, Kind};
 use crate::name::Name;
 use crate::store::Store;
 use crate::transaction::Appended;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
 /// Less waste than this is left alone.
 const WASTE_MIN: u64 = 1 << 20;
 /// A pack in which less than this lives is small.
-const SMALL_BYTES: u64 = 256 << 10;
+const SMALL_BYTES: u64 = 1 << 20;
 /// More small packs than this become one.
 const SMALL_PACKS_MAX: usize = 32;
+/// Items met for each that is moved, at most, to find their order.
+const WALK: usize = 8;
 /// Items moved by one collection at most; the next one goes on.
 const ITEMS_MAX: usize = 1 << 17;
 
@@ -42,11 +46,11 @@ struct Move {
 impl Store {
     /// Moves survivors; how many. The caller keeps other collections away.
     pub(crate) fn compact(&self) -> Result<u64, Error> {
-        let sparse = self.sparse_frames();
+        let (sparse, small) = self.sparse_frames();
         if sparse.is_empty() {
             return Ok(0);
         }
-        let survivors = self.survivors(&sparse);
+        let survivors = self.survivors(&sparse, small)?;
         let tx = self.begin();
         let mut moves = Vec::with_capacity(survivors.len());
         // Kept until the entries point to the new frames, so that nobody takes those for dead.
@@ -85,8 +89,8 @@ impl Store {
     }
 
     /// Frames to move out of: those of which at most half lives, when together they waste enough, and all of small
-    /// packs, when there are too many.
-    fn sparse_frames(&self) -> HashMap<(u32, u32), Kind> {
+    /// packs, when there are too many; and the oldest of these.
+    fn sparse_frames(&self) -> (HashMap<(u32, u32), Kind>, Option<u32>) {
         let packs: HashMap<u32, _> =
             self.catalog.packs().into_iter().filter(|p| p.is_settled()).map(|p| (p.handle, p.frames())).collect();
         let mut live: HashMap<u32, Vec<u8>> = packs.iter().map(|(handle, f)| (*handle, vec![0; f.len()])).collect();
@@ -99,7 +103,7 @@ impl Store {
         });
         let mut waste = 0;
         let mut sparse = HashMap::new();
-        let (mut small, mut in_small) = (0, Vec::new());
+        let (mut small, mut in_small) = (Vec::new(), Vec::new());
         for (handle, frames) in &packs {
             let living = || frames.iter().zip(&live[handle]).zip(0..).filter(|((_, live), _)| **live > 0);
             for ((info, live), number) in living().filter(|((info, live), _)| 2 * **live <= info.items) {
@@ -107,21 +111,22 @@ impl Store {
                 sparse.insert((*handle, number), info.kind);
             }
             if living().map(|((info, _), _)| u64::from(info.stored)).sum::<u64>() < SMALL_BYTES {
-                small += 1;
+                small.push(*handle);
                 in_small.extend(living().map(|((info, _), number)| ((*handle, number), info.kind)));
             }
         }
         if waste < WASTE_MIN {
             sparse.clear();
         }
-        if small > SMALL_PACKS_MAX {
-            sparse.extend(in_small);
+        if small.len() <= SMALL_PACKS_MAX {
+            return (sparse, None);
         }
-        sparse
+        sparse.extend(in_small);
+        (sparse, small.into_iter().min())
     }
 
-    /// What lives in these frames, blocks before nodes, in the order in which it lies.
-    fn survivors(&self, sparse: &HashMap<(u32, u32), Kind>) -> Vec<Survivor> {
+    /// What lives in these frames, blocks before nodes, in the order in which it is read, or else lies.
+    fn survivors(&self, sparse: &HashMap<(u32, u32), Kind>, oldest_small: Option<u32>) -> Result<Vec<Survivor>, Error> {
         let mut out = Vec::new();
         self.catalog.for_each(|name, from, refs| {
             if refs.load(Ordering::Relaxed) > 0
@@ -130,9 +135,18 @@ impl Store {
                 out.push(Survivor { from, name: *name, kind: *kind });
             }
         });
-        out.sort_unstable_by_key(|s| (s.kind == Kind::Nodes, s.from.pack, s.from.frame, s.from.slot));
+        let mut places = HashMap::new();
+        if let Some(oldest) = oldest_small {
+            let reading = Reading::of(self, oldest, WALK * out.len())?;
+            places = reading.places();
+            let moving: HashSet<Name> = out.iter().map(|survivor| survivor.name).collect();
+            let along = reading.along.into_iter().filter(|(name, _)| !moving.contains(name));
+            out.extend(along.map(|(name, from)| Survivor { from, name, kind: Kind::Nodes }));
+        }
+        let place = |s: &Survivor| places.get(&s.name).copied().unwrap_or(usize::MAX);
+        out.sort_by_cached_key(|s| (s.kind == Kind::Nodes, place(s), s.from.pack, s.from.frame, s.from.slot));
         out.truncate(ITEMS_MAX);
-        out
+        Ok(out)
     }
 }
 

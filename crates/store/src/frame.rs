@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Blocks in a frame at most.
 pub(crate) const FRAME_BLOCKS: usize = 16;
 /// Bytes of blocks in a frame, where a block is not larger itself: 8 blocks of 4 KiB. Against 64 KiB it takes 2%
-/// more space and 44% less time to read one block (measured by `examples/frame_sizes`, docs/store-format.md).
+/// more space and 44% less time to read one block (docs/store-sizes.md).
 pub(crate) const FRAME_BYTES: usize = 32 << 10;
 /// Nodes in a frame: a cold read of one node fetches 16 KiB at most.
 pub(crate) const FRAME_NODES: usize = 32;

@@ -11,6 +11,7 @@
 //! `tree` is pure. The engines (`engine`) are the only modules that touch a medium. `docs/store-format.md`
 //! gives every byte of the format.
 
+mod arrange;
 pub mod blob;
 mod cache;
 mod catalog;

@@ -7,6 +7,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+/// Bytes of a name that are not zero in stores of format 2. Two of 2^64 blocks agree in these by chance once in 2^65
+/// stores, and who lacks the key cannot look for such blocks but by storing some 2^96 of them.
+pub(crate) const SHORT_BYTES: usize = 24;
+/// The format of stores that are made now.
+pub(crate) const FORMAT: u32 = 2;
+/// The oldest format that is read: its names have 32 bytes.
+pub(crate) const FORMAT_OLDEST: u32 = 1;
+
 /// The name of a block or a node: a keyed BLAKE3 hash, or the well-known name of an all-zero subtree.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(pub(crate) [u8; 32]);
@@ -25,6 +33,18 @@ impl Name {
     #[must_use]
     pub fn is_zero(&self) -> bool {
         self.0[..31] == [0; 31]
+    }
+
+    /// The name that begins with up to 32 bytes; the rest is zero.
+    pub(crate) fn padded(start: &[u8]) -> Self {
+        let mut bytes = [0; 32];
+        bytes[..start.len()].copy_from_slice(start);
+        Self(bytes)
+    }
+
+    /// Whether it is as short as names of format 2 are.
+    pub(crate) fn is_short(&self) -> bool {
+        self.0[SHORT_BYTES..] == [0; 32 - SHORT_BYTES]
     }
 
     /// Its bytes.
@@ -150,15 +170,19 @@ pub(crate) struct Keys {
     block: [u8; 32],
     node: [u8; 32],
     seal: [u8; 32],
+    /// Bytes of a name that are not zero.
+    name_bytes: usize,
     /// Says which store it is, and nothing about the others.
     pub(crate) id: [u8; 16],
 }
 
 impl Keys {
-    pub(crate) fn derive(key: &[u8; 32]) -> Self {
+    /// The keys of a store of `format` with the random key `key`.
+    pub(crate) fn derive(key: &[u8; 32], format: u32) -> Self {
         let id = blake3::derive_key("offshoot store 1 identity", key);
         Self {
             id: id[..16].try_into().expect("16 of 32 bytes"),
+            name_bytes: if format == FORMAT_OLDEST { 32 } else { SHORT_BYTES },
             block: blake3::derive_key("offshoot store 1 block name", key),
             node: blake3::derive_key("offshoot store 1 node name", key),
             seal: blake3::derive_key("offshoot store 1 seal of an index or head", key),
@@ -167,12 +191,18 @@ impl Keys {
 
     /// The name of a block.
     pub(crate) fn block(&self, bytes: &[u8]) -> Name {
-        Name(*blake3::keyed_hash(&self.block, bytes).as_bytes())
+        self.name(&self.block, bytes)
     }
 
     /// The name of an encoded node.
     pub(crate) fn node(&self, bytes: &[u8]) -> Name {
-        Name(*blake3::keyed_hash(&self.node, bytes).as_bytes())
+        self.name(&self.node, bytes)
+    }
+
+    fn name(&self, key: &[u8; 32], bytes: &[u8]) -> Name {
+        let mut name = *blake3::keyed_hash(key, bytes).as_bytes();
+        name[self.name_bytes..].fill(0);
+        Name(name)
     }
 
     /// The checksum at the end of indexes and heads.
@@ -187,7 +217,7 @@ mod tests {
 
     #[test]
     fn versions_read_back_as_they_are_written() {
-        let version = Version { root: Keys::derive(&[1; 32]).node(b"x"), size: 12345, block_size: 4096 };
+        let version = Version { root: Keys::derive(&[1; 32], FORMAT).node(b"x"), size: 12345, block_size: 4096 };
         assert_eq!(version.to_string().parse(), Ok(version));
         let json = serde_json::to_string(&version).unwrap();
         assert_eq!(json, format!("\"{version}\""));
@@ -208,9 +238,16 @@ mod tests {
 
     #[test]
     fn blocks_nodes_and_domains_have_unrelated_names() {
-        let (a, b) = (Keys::derive(&[1; 32]), Keys::derive(&[2; 32]));
+        let (a, b) = (Keys::derive(&[1; 32], FORMAT), Keys::derive(&[2; 32], FORMAT));
         assert_ne!(a.block(b"x"), a.node(b"x"));
         assert_ne!(a.block(b"x"), b.block(b"x"));
         assert!(!a.block(&[0; 4096]).is_zero());
+    }
+
+    #[test]
+    fn names_of_format_1_keep_their_length_and_later_ones_begin_alike() {
+        let (old, new) = (Keys::derive(&[1; 32], 1), Keys::derive(&[1; 32], 2));
+        assert!(!old.block(b"x").is_short() && new.block(b"x").is_short());
+        assert_eq!(old.block(b"x").0[..SHORT_BYTES], new.block(b"x").0[..SHORT_BYTES]);
     }
 }

@@ -4,7 +4,7 @@
 //! noticing. It is replaced *before* frames are given up: whatever an index lists can be read.
 
 use crate::frame::{Encoded, FRAME_ITEMS_MAX, FRAME_RAW_MAX, FrameInfo, Kind};
-use crate::name::{Keys, Name};
+use crate::name::{Keys, Name, SHORT_BYTES};
 use std::fmt;
 
 /// A pack is closed once it has this many bytes.
@@ -15,6 +15,8 @@ pub(crate) const PACK_FRAMES_MAX: usize = 1 << 20;
 const PACK_MAGIC: &[u8; 8] = b"OFFSPACK";
 const INDEX_MAGIC: &[u8; 8] = b"OFFSINDX";
 const FORMAT: u32 = 1;
+/// An index whose names have 24 bytes.
+const FORMAT_SHORT: u32 = 2;
 /// Bytes before the first frame.
 pub(crate) const HEADER_BYTES: u32 = 32;
 const INDEX_HEADER: usize = 40;
@@ -115,10 +117,12 @@ impl Index {
 
     /// The bytes of the index object.
     pub(crate) fn encode(&self, id: PackId, keys: &Keys) -> Vec<u8> {
-        let len = INDEX_HEADER + FRAME_RECORD * self.frames.len() + 32 * self.names.len() + 32;
+        let is_short = !self.names.is_empty() && self.names.iter().all(Name::is_short);
+        let (format, width) = if is_short { (FORMAT_SHORT, SHORT_BYTES) } else { (FORMAT, 32) };
+        let len = INDEX_HEADER + FRAME_RECORD * self.frames.len() + width * self.names.len() + 32;
         let mut out = Vec::with_capacity(len);
         out.extend_from_slice(INDEX_MAGIC);
-        out.extend_from_slice(&FORMAT.to_le_bytes());
+        out.extend_from_slice(&format.to_le_bytes());
         out.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
         out.extend_from_slice(&id.sequence.to_le_bytes());
         out.extend_from_slice(&id.random.to_le_bytes());
@@ -133,7 +137,7 @@ impl Index {
             out.extend_from_slice(&[nodes | compressed, frame.items, 0, 0]);
             out.extend_from_slice(&frame.checksum.to_le_bytes());
         }
-        self.names.iter().for_each(|name| out.extend_from_slice(&name.0));
+        self.names.iter().for_each(|name| out.extend_from_slice(&name.0[..width]));
         let seal = keys.seal(&out);
         out.extend_from_slice(&seal);
         out
@@ -152,14 +156,19 @@ impl Index {
         // Past the seal only another release, or a pack under another name, can be at fault.
         let u32_at = |at: usize| u32::from_le_bytes(body[at..at + 4].try_into().expect("four bytes"));
         let u64_at = |at: usize| u64::from_le_bytes(body[at..at + 8].try_into().expect("eight bytes"));
-        if &body[..8] != INDEX_MAGIC || u32_at(8) != FORMAT {
-            return wrong(0, "not an index of format 1");
+        let width = match u32_at(8) {
+            FORMAT => 32,
+            FORMAT_SHORT => SHORT_BYTES,
+            _ => 0,
+        };
+        if &body[..8] != INDEX_MAGIC || width == 0 {
+            return wrong(0, "not an index of format 1 or 2");
         }
         if (u64_at(16), u64_at(24)) != (id.sequence, id.random) {
             return wrong(16, "the index belongs to another pack");
         }
         let (frames, names) = (u32_at(12) as usize, u32_at(32) as usize);
-        if body.len() != INDEX_HEADER + FRAME_RECORD * frames + 32 * names {
+        if body.len() != INDEX_HEADER + FRAME_RECORD * frames + width * names {
             return wrong(12, "the counts do not fit the length");
         }
         let (records, name_bytes) = body[INDEX_HEADER..].split_at(FRAME_RECORD * frames);
@@ -174,7 +183,7 @@ impl Index {
             at = next;
             out.frames.push(info);
         }
-        out.names = name_bytes.chunks_exact(32).map(|c| Name(c.try_into().expect("chunks of 32"))).collect();
+        out.names = name_bytes.chunks_exact(width).map(Name::padded).collect();
         let items: usize = out.frames.iter().map(|frame| usize::from(frame.items)).sum();
         if items == names { Ok(out) } else { wrong(32, "the frames do not hold as many items as there are names") }
     }

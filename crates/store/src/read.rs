@@ -163,7 +163,7 @@ impl Store {
             match work() {
                 // Who does not answer knows nothing newer either.
                 Err(error) if self.mode != Mode::ReadWrite && error.may_be_stale() && !error.is_away() => {
-                    drop(self.refresh(all)?);
+                    self.refresh(all)?;
                 }
                 done => return done,
             }

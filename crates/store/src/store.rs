@@ -11,7 +11,7 @@ use crate::frame::{Frame, FrameInfo, Kind};
 use crate::group::Group;
 use crate::head::{self, Manifest};
 use crate::ledger::Ledger;
-use crate::name::{Keys, Name, Version};
+use crate::name::{FORMAT, FORMAT_OLDEST, Keys, Name, Version};
 use crate::pack::{Index, PackId};
 use crate::publish::Publication;
 use crate::shared::{GRACE_DEFAULT, WatchLock, boot_time};
@@ -41,7 +41,6 @@ const FRAME_CACHE_BYTES: usize = 32 << 20;
 /// Bytes of tree nodes kept.
 const NODE_CACHE_BYTES: usize = 16 << 20;
 const KEY_MAGIC: &[u8; 8] = b"OFFSTORE";
-const FORMAT: u32 = 1;
 
 /// Counters since the store was opened.
 #[derive(Default)]
@@ -213,7 +212,8 @@ impl Store {
         if mode == Mode::ReadWrite {
             prove(&*engine)?;
         }
-        let keys = Keys::derive(&load_key(&*engine, mode)?);
+        let (key, format) = load_key(&*engine, mode)?;
+        let keys = Keys::derive(&key, format);
         Ok(Self {
             engine,
             mode,
@@ -550,8 +550,8 @@ pub(crate) fn prove(engine: &dyn Engine) -> Result<(), Error> {
     engine.prove().map_err(|error| Error::io("use", engine.describe(), error))
 }
 
-/// Reads the key, or makes one where a writer opens an empty place.
-fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
+/// Reads the key and the store's format, or makes a store where a writer opens an empty place.
+fn load_key(engine: &dyn Engine, mode: Mode) -> Result<([u8; 32], u32), Error> {
     let not_a_store = |why: &str| Error::NotAStore { dir: engine.describe(), why: why.to_owned() };
     let found = engine.get("key").map_err(|error| Error::io("read", "key", error))?;
     if let Some(bytes) = found {
@@ -568,18 +568,18 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<[u8; 32], Error> {
     // Nothing is written before that.
     prove(engine)?;
     let key = random_bytes().map_err(|error| Error::io("read", "/dev/urandom", error))?;
-    if engine.put_new("key", &encode_key(&key)).map_err(|error| Error::io("write", "key", error))? {
-        return Ok(key);
+    if engine.put_new("key", &encode_key(&key, FORMAT)).map_err(|error| Error::io("write", "key", error))? {
+        return Ok((key, FORMAT));
     }
     // Another writer of a shared store was faster.
     let found = engine.get("key").map_err(|error| Error::io("read", "key", error))?;
     decode_key(&found.ok_or_else(|| not_a_store("its key file went while it was opened"))?)
 }
 
-pub(crate) fn encode_key(key: &[u8; 32]) -> Vec<u8> {
+pub(crate) fn encode_key(key: &[u8; 32], format: u32) -> Vec<u8> {
     let mut out = Vec::with_capacity(80);
     out.extend_from_slice(KEY_MAGIC);
-    out.extend_from_slice(&FORMAT.to_le_bytes());
+    out.extend_from_slice(&format.to_le_bytes());
     out.extend_from_slice(&[0; 4]);
     out.extend_from_slice(key);
     let checksum = blake3::hash(&out);
@@ -587,15 +587,17 @@ pub(crate) fn encode_key(key: &[u8; 32]) -> Vec<u8> {
     out
 }
 
-pub(crate) fn decode_key(bytes: &[u8]) -> Result<[u8; 32], Error> {
+/// The key and the store's format.
+pub(crate) fn decode_key(bytes: &[u8]) -> Result<([u8; 32], u32), Error> {
     let corrupt = |what: &str| Error::Corrupt { object: "key".to_owned(), offset: 0, what: what.to_owned() };
     let bytes: &[u8; 80] = bytes.try_into().map_err(|_| corrupt("the key file has not 80 bytes"))?;
     let key: [u8; 32] = bytes[16..48].try_into().expect("32 bytes");
     if bytes[48..] != *blake3::hash(&bytes[..48]).as_bytes() {
         return Err(corrupt("the key does not match its checksum"));
     }
-    if bytes[..48] != encode_key(&key)[..48] {
-        return Err(corrupt("not a store of format 1; a newer release may have made it"));
+    let format = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
+    if !(FORMAT_OLDEST..=FORMAT).contains(&format) || bytes[..48] != encode_key(&key, format)[..48] {
+        return Err(corrupt("not a store of format 1 or 2; a newer release may have made it"));
     }
-    Ok(key)
+    Ok((key, format))
 }

@@ -277,7 +277,7 @@ impl Store {
             self.engine.made_ms(&object).map_err(|error| Error::io("ask for the age of", object.clone(), error))
         };
         let made = made(id.pack_object())?.or(made(id.index_object())?);
-        Ok(made.is_none_or(|made| made + grace_ms <= now_ms))
+        Ok(made.is_none_or(|made| made.saturating_add(grace_ms) <= now_ms))
     }
 
     fn remove_condemned(
@@ -483,7 +483,7 @@ fn decide(
             None => drop(next.packs.remove(text)),
             Some(_) if entry.removing => {}
             Some(found) if found.kept_items > 0 => drop(next.packs.remove(text)),
-            Some(_) if now_ms >= entry.since_ms + record.grace_ms => {
+            Some(_) if now_ms >= entry.since_ms.saturating_add(record.grace_ms) => {
                 next.packs.insert(text.clone(), Condemned { removing: true, ..*entry });
             }
             Some(_) => {}

@@ -9,13 +9,15 @@
 //! Writing is one ascending sweep ([`Update`]): only the path from the root to the current place is open, so
 //! memory is O(height) however much changes, and each changed node is made exactly once.
 
-use crate::name::Name;
+use crate::name::{Name, SHORT_BYTES};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Children of a node.
 pub(crate) const FANOUT: usize = 16;
 const FANOUT_BITS: u32 = 4;
+/// In the first byte of an encoding: names have 24 bytes.
+const SHORT: u8 = 0x80;
 /// The longest encoding of a node.
 pub(crate) const NODE_BYTES_MAX: usize = 3 + FANOUT * 32;
 /// Above this no 64-bit blob reaches.
@@ -74,12 +76,15 @@ impl Node {
         self.height
     }
 
-    /// Height, mask (little endian), then the names of the children that are there.
+    /// Height, mask (little endian), then the names of the children that are there: of all of them the first 24 bytes
+    /// where the rest is zero, as in every store of format 2, and a bit beside the height says so.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(3 + 32 * self.names.len());
-        out.push(self.height);
+        let is_short = self.names.iter().all(Name::is_short);
+        let (tag, width) = if is_short { (SHORT, SHORT_BYTES) } else { (0, 32) };
+        let mut out = Vec::with_capacity(3 + width * self.names.len());
+        out.push(self.height | tag);
         out.extend_from_slice(&self.mask.to_le_bytes());
-        self.names.iter().for_each(|name| out.extend_from_slice(&name.0));
+        self.names.iter().for_each(|name| out.extend_from_slice(&name.0[..width]));
         out
     }
 
@@ -87,8 +92,8 @@ impl Node {
     pub(crate) fn encoded_len(bytes: &[u8]) -> Option<usize> {
         let head: [u8; 3] = bytes.get(..3)?.try_into().ok()?;
         let mask = u16::from_le_bytes([head[1], head[2]]);
-        let len = 3 + 32 * mask.count_ones() as usize;
-        ((1..=HEIGHT_MAX).contains(&head[0]) && mask != 0 && bytes.len() >= len).then_some(len)
+        let len = 3 + name_width(head[0]) * mask.count_ones() as usize;
+        ((1..=HEIGHT_MAX).contains(&(head[0] & !SHORT)) && mask != 0 && bytes.len() >= len).then_some(len)
     }
 
     /// Reads what [`Node::encode`] wrote; `None` for anything else.
@@ -96,11 +101,18 @@ impl Node {
         if Self::encoded_len(bytes)? != bytes.len() {
             return None;
         }
-        let names: Box<[Name]> =
-            bytes[3..].chunks_exact(32).map(|c| Name(c.try_into().expect("chunks of 32"))).collect();
-        let node = Self { height: bytes[0], mask: u16::from_le_bytes([bytes[1], bytes[2]]), names };
-        node.names.iter().all(|name| !name.is_zero()).then_some(node)
+        let width = name_width(bytes[0]);
+        let names: Box<[Name]> = bytes[3..].chunks_exact(width).map(Name::padded).collect();
+        let node = Self { height: bytes[0] & !SHORT, mask: u16::from_le_bytes([bytes[1], bytes[2]]), names };
+        // One encoding for each node: long names are not all short.
+        let needs_long = width == SHORT_BYTES || !node.names.iter().all(Name::is_short);
+        (needs_long && node.names.iter().all(|name| !name.is_zero())).then_some(node)
     }
+}
+
+/// Bytes of a name in an encoding that begins with `tag`.
+fn name_width(tag: u8) -> usize {
+    if tag & SHORT != 0 { SHORT_BYTES } else { 32 }
 }
 
 /// Where nodes are loaded from.

@@ -299,8 +299,20 @@ fn many_blobs_at_once_get_what_was_written() {
 #[test]
 fn a_snapshot_of_blobs_is_one_instant() {
     let store = Store::open_engine(Arc::new(Memory::default()), Mode::ReadWrite).unwrap();
-    let first = store.create_blob("first", 4096, 512).unwrap();
-    let second = store.create_blob("second", 4096, 512).unwrap();
+    one_instant(&store, &store);
+}
+
+/// The lock of one process is of no use then.
+#[test]
+fn a_snapshot_of_blobs_that_another_process_writes_is_one_instant() {
+    let engine = Arc::new(Memory::default());
+    let open = || Store::open_engine(Arc::clone(&engine) as Arc<dyn Engine>, Mode::Shared).unwrap();
+    one_instant(&open(), &open());
+}
+
+fn one_instant(writer: &Store, store: &Store) {
+    let first = writer.create_blob("first", 4096, 512).unwrap();
+    let second = writer.create_blob("second", 4096, 512).unwrap();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

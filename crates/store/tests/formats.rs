@@ -163,7 +163,7 @@ fn stores_of_every_format_are_read_completely_and_go_on() {
         store.collect().unwrap();
         assert_eq!((store.stats().blocks, store.stats().packs), (0, 0));
     }
-    assert!(seen.contains(&1), "{seen:?}");
+    assert!(seen.contains(&1) && seen.contains(&2), "{seen:?}");
 }
 
 #[test]

@@ -11,7 +11,8 @@ use common::{
     Mem, Rng, assert_same, assert_sound, collect_shared, commit, commit_all, manifest, publish, range, read_all,
 };
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
@@ -456,4 +457,97 @@ fn writers_and_collectors_at_once_on_s3() {
     let stores: Vec<Store> = (0..2).map(|_| open(&engine(), 8000)).collect();
     let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 20 } else { 2 };
     storm(&stores, &|| open(&engine(), 8000), rounds, Duration::from_secs(9), 12);
+}
+
+const KILLED_GRACE: Duration = Duration::from_millis(3000);
+
+fn on_server(url: &str) -> Store {
+    let engine = S3::open_with(url, weed::credentials(), Limits::default()).unwrap();
+    Store::open_shared(Arc::new(engine), KILLED_GRACE).unwrap()
+}
+
+/// What `token` stands for.
+fn of_token(token: u64) -> Vec<u8> {
+    Rng(token).noise(6000)
+}
+
+/// The writer that is killed: writes, deletes and collects for ever, and says what was published.
+#[test]
+fn killed_shared_writer_process() {
+    let Ok(url) = std::env::var("STORE_TEST_SHARED_WRITER") else { return };
+    let store = on_server(&url);
+    let blob = store.blob("b").unwrap();
+    let mut rng = Rng(std::process::id().into());
+    loop {
+        let (token, offset) = (rng.below(1 << 40), rng.below(120) * 8192);
+        let number = blob.write(offset, &of_token(token)).unwrap();
+        println!("published {number} {offset} {token} whole");
+        if number.is_multiple_of(4) && number > 12 {
+            // Others may be about to delete the same one.
+            let _ = blob.delete_version(number - 10);
+            store.collect().unwrap();
+        }
+    }
+}
+
+#[test]
+fn processes_killed_at_any_instant_leave_a_shared_store_whole() {
+    let url = weed::url_at(&weed::weed().endpoint, &weed::fresh_prefix());
+    on_server(&url).create_blob("b", 1 << 20, 4096).unwrap();
+    let mut rng = Rng(std::process::id().into());
+    let mut lines: Vec<String> = Vec::new();
+    for _ in 0..5 {
+        let start = || {
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "killed_shared_writer_process", "--nocapture"])
+                .env("STORE_TEST_SHARED_WRITER", &url)
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let output = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+            (child, output)
+        };
+        let mut writers: Vec<_> = (0..3).map(|_| start()).collect();
+        for (child, output) in &mut writers {
+            lines.extend(output.by_ref().take(5 + rng.below(6) as usize));
+            sleep(Duration::from_millis(rng.below(60)));
+            assert!(child.try_wait().unwrap().is_none(), "it writes until it is killed");
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        for (_, output) in writers {
+            lines.extend(output);
+        }
+    }
+    let store = on_server(&url);
+    let blob = store.blob("b").unwrap();
+    let check = || {
+        let mut read_back = 0;
+        for line in &lines {
+            let Some((_, line)) = line.split_once("published ") else { continue };
+            let [number, offset, token, "whole"] = line.split(' ').collect::<Vec<_>>()[..] else { continue };
+            let [number, offset, token] = [number, offset, token].map(|text| text.parse::<u64>().unwrap());
+            match blob.version(number) {
+                Ok((_, version)) => {
+                    let mut read = vec![0; 6000];
+                    store.read_at(&version, offset, &mut read).unwrap();
+                    assert_same(&read, &of_token(token));
+                    read_back += 1;
+                }
+                Err(Error::NotFound { .. }) => assert!(blob.log(number..number + 1).unwrap()[0].deleted, "{line}"),
+                Err(error) => panic!("{line}: {error}"),
+            }
+        }
+        assert!(read_back > 20, "only {read_back} of {} lines", lines.len());
+        assert_sound(&store);
+    };
+    check();
+    // What goes is garbage and nothing else, and all garbage goes.
+    collect_shared(&store);
+    check();
+    for head in store.heads("").unwrap() {
+        store.delete_head(&head).unwrap();
+    }
+    collect_shared(&store);
+    assert_eq!(store.stats().blocks, 0);
 }

@@ -6,8 +6,10 @@ mod common;
 mod weed;
 
 use common::{Mem, Rng, assert_same, assert_sound, commit, commit_all, manifest, publish, range, read_all};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use store::blob::LogEntry;
 use store::engine::{Engine, Memory};
 use store::transfer::{Options, Progress, transfer};
 use store::{Error, Expect, Mode, Store, Version};
@@ -186,4 +188,83 @@ fn from_a_directory_to_s3_and_to_another_directory() {
     for store in [&from, &middle, &to] {
         assert_sound(store);
     }
+}
+
+/// Everything that is to be seen of a blob: the bytes of each version, its log and its tags.
+fn all_of(store: &Store, name: &str) -> (Vec<Option<Vec<u8>>>, Vec<LogEntry>, BTreeMap<String, u64>) {
+    let blob = store.blob(name).unwrap();
+    let log = blob.log(0..u64::MAX).unwrap();
+    let bytes = |entry: &LogEntry| {
+        let version = (!entry.deleted).then(|| blob.version(entry.number).unwrap().1);
+        version.map(|version| read_all(store, &version).unwrap())
+    };
+    (log.iter().map(bytes).collect(), log, blob.info().unwrap().tags)
+}
+
+/// A blob with a history on its way from one store to another and on, twice; both go on from there.
+fn travels(from: &Store, middle: &Store, to: &Store) {
+    let blob = from.create_blob("team/b", 40_000, 512).unwrap();
+    let mut rng = Rng(8);
+    for round in 0..3u64 {
+        for _ in 0..4 {
+            blob.write(rng.below(30_000), &rng.noise(5000)).unwrap();
+            blob.append(&rng.noise(700)).unwrap();
+        }
+        blob.resize(35_000 + round * 100).unwrap();
+        blob.delete_version(3 * round + 1).unwrap();
+        blob.tag(3 * round + 2, &format!("t{round}")).unwrap();
+        for (source, target) in [(from, middle), (middle, to)] {
+            let sent = transfer(source, "blob/team/b", target, "blob/team/b", &Options::default()).unwrap();
+            assert!(round == 0 || sent.blocks_sent < sent.blocks_read, "{sent:?}");
+            assert_eq!(all_of(source, "team/b"), all_of(target, "team/b"));
+        }
+    }
+    // A clone shares what is there, and a copy is a blob like any other.
+    blob.clone(5u64, "clone").unwrap();
+    let sent = transfer(from, "blob/clone", middle, "blob/clone", &Options::default()).unwrap();
+    assert_eq!(sent.blocks_sent, 0, "{sent:?}");
+    let copy = to.blob("team/b").unwrap();
+    let number = copy.write(7, b"it goes on").unwrap();
+    let mut read = [0; 10];
+    copy.read(number, 7, &mut read).unwrap();
+    assert_eq!(&read, b"it goes on");
+    [from, middle, to].into_iter().for_each(assert_sound);
+}
+
+#[test]
+fn a_blob_travels_with_its_history_between_directories() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open = |dir: &tempfile::TempDir| Store::open(dir.path(), Mode::ReadWrite).unwrap();
+    travels(&open(&one), &memory(), &open(&two));
+}
+
+#[test]
+fn a_blob_travels_with_its_history_over_s3() {
+    travels(&memory(), &Store::open_engine(Arc::new(weed::engine()), Mode::Shared).unwrap(), &memory());
+}
+
+/// A push of a blob to a shared store is stopped, another writer publishes and collects there meanwhile, and it goes on.
+#[test]
+fn a_stopped_push_of_a_blob_goes_on_in_a_shared_store() {
+    let from = memory();
+    let blob = from.create_blob("b", 100 << 20, 4096).unwrap();
+    blob.append(b"a version before").unwrap();
+    blob.write(0, &Rng(9).noise(90 << 20)).unwrap();
+    let engine: Arc<dyn Engine> = Arc::new(Memory::default());
+    let open = || Store::open_engine(Arc::clone(&engine), Mode::Shared).unwrap();
+    let cancel = AtomicBool::new(false);
+    let watch = |progress: Progress<'_>| cancel.store(progress.done_bytes > 75 << 20, Ordering::Relaxed);
+    let options = Options { cancel: Some(&cancel), progress: Some(&watch), ..Options::default() };
+    assert!(matches!(transfer(&from, "blob/b", &open(), "blob/b", &options), Err(Error::Cancelled)));
+    let other = open();
+    assert!(other.blobs().unwrap().is_empty());
+    other.create_blob("other", 10_000, 512).unwrap().write(0, b"published meanwhile").unwrap();
+    other.collect().unwrap();
+    let to = open();
+    let sent = transfer(&from, "blob/b", &to, "blob/b", &Options::default()).unwrap();
+    let blocks = (90 << 20) / 4096;
+    assert!(sent.blocks_sent < blocks - (50 << 20) / 4096, "{sent:?}");
+    let (copy, original) = (to.blob("b").unwrap(), read_all(&from, &blob.latest().unwrap().1).unwrap());
+    assert_same(&read_all(&other, &copy.latest().unwrap().1).unwrap(), &original);
+    assert_sound(&to);
 }

@@ -118,7 +118,7 @@ pub(super) fn local(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
 }
 
 /// Seconds until all of `names` have committed 1 MB each, having started at once.
-fn commit_at_once(store: &Store, names: &[String], size: u64, round: u64) -> Outcome<f64> {
+pub(super) fn commit_at_once(store: &Store, names: &[String], size: u64, round: u64) -> Outcome<f64> {
     let blobs: Vec<Blob<'_>> = names.iter().map(|name| store.blob(name)).collect::<Result<_, _>>()?;
     let ready = Barrier::new(blobs.len() + 1);
     let (began, done) = std::thread::scope(|scope| {

@@ -1,5 +1,9 @@
 //! A disk through the mirror's fronts, all of it local, beside a plain file on the same file system and beside
 //! `qemu-nbd`; and the memory that the mirror takes for a very large one.
+//!
+//! `BENCH_DISKS` chooses among the loads by the beginnings of their names, with commas between them:
+//! `BENCH_DISKS=fuse_rand_read_d32,nbd_seq,mirror` measures three things. A figure that is the worst of several loads
+//! is then the worst of those measured.
 
 use super::{Bench, COMMAND, drop_caches, unmount_below};
 use crate::Outcome;
@@ -26,7 +30,7 @@ const LOADS: [(&str, &[&str], f64); 6] = [
 ];
 
 /// Processes that end with it.
-struct Running(Vec<Child>, Option<PathBuf>);
+pub(super) struct Running(Vec<Child>, Option<PathBuf>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -41,7 +45,7 @@ impl Drop for Running {
 }
 
 /// Starts a mirror at `home`, on an empty store.
-fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
+pub(super) fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
     for dir in ["run", "mnt", "mirror"] {
         std::fs::create_dir_all(home.join(dir))?;
     }
@@ -67,7 +71,7 @@ fn mirror(bench: &Bench<'_>, home: &Path) -> Outcome<(Running, Client)> {
     Ok((running, client))
 }
 
-fn overlay(client: &mut Client, id: u64, size: u64) -> Outcome {
+pub(super) fn overlay(client: &mut Client, id: u64, size: u64) -> Outcome {
     let below = Below::Zero;
     Ok(client.add_overlay(OverlaySpec { id, vm: "bench".into(), size, block_size: 4096, below })?)
 }
@@ -107,6 +111,12 @@ fn fill(path: &Path, size: u64) -> Outcome {
     if done.success() { Ok(()) } else { Err(format!("fio could not fill {}", path.display()).into()) }
 }
 
+/// Whether a figure was asked for.
+fn is_chosen(name: &str) -> bool {
+    let chosen = std::env::var("BENCH_DISKS").unwrap_or_default();
+    chosen.is_empty() || chosen.split(',').any(|part| name.starts_with(part))
+}
+
 pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
     let dir = bench.fresh("disks")?;
     let size: u64 = bench.either(256 << 20, 2 << 30);
@@ -121,7 +131,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
 
     let mut figures = Vec::new();
     let mut worst: [Vec<f64>; 2] = [vec![f64::INFINITY; rounds], vec![f64::INFINITY; rounds]];
-    for (name, load, bar) in LOADS {
+    for (name, load, bar) in LOADS.into_iter().filter(|(name, ..)| is_chosen(&format!("fuse_{name}"))) {
         let (mut ratios, mut peer) = (Vec::new(), Vec::new());
         let depth = ["_d1", "_d32"].iter().position(|depth| name.ends_with(depth));
         for round in 0..rounds {
@@ -149,10 +159,10 @@ pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
         let figure = figure.against("a plain file on ext4, MB/s", median(&peer));
         figures.push(if name.starts_with("seq") { figure.asked(">=", bar) } else { figure });
     }
-    let [d1, d32] = worst;
-    figures.push(Figure::new("fuse_rand_d1", "x", d1, COMMAND).asked(">=", 0.6));
-    figures.push(Figure::new("fuse_rand_d32", "x", d32, COMMAND).asked(">=", 0.6));
-    for (name, load, _) in &LOADS[..4] {
+    for (name, values) in ["fuse_rand_d1", "fuse_rand_d32"].into_iter().zip(worst) {
+        figures.extend(worst_of(name, values, 0.6));
+    }
+    for (name, load, _) in LOADS[..4].iter().filter(|(name, ..)| is_chosen(&format!("fuse_buffered_{name}"))) {
         let buffered = |path: &Path| {
             let file = format!("--filename={}", path.display());
             fio(bench, &[&file, "--ioengine=psync", "--direct=0"], size, load)
@@ -163,7 +173,9 @@ pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
     figures.extend(nbd(bench, &mut client, &dir, &plain, size)?);
     drop(running);
     std::fs::remove_file(&plain)?;
-    figures.push(memory(bench, &dir)?);
+    if is_chosen("mirror_rss_bytes") {
+        figures.push(memory(bench, &dir)?);
+    }
     Ok(figures)
 }
 
@@ -194,7 +206,7 @@ fn nbd(bench: &Bench<'_>, client: &mut Client, dir: &Path, plain: &Path, size: u
     let rounds = bench.either(1, 5);
     let mut worst = vec![f64::INFINITY; rounds];
     let mut figures = Vec::new();
-    for (name, load, _) in LOADS {
+    for (name, load, _) in LOADS.into_iter().filter(|(name, ..)| is_chosen(&format!("nbd_{name}"))) {
         let (mut ratios, mut peers) = (Vec::new(), Vec::new());
         for (round, worst) in worst.iter_mut().enumerate() {
             let measure = |socket: &Path| {
@@ -216,8 +228,13 @@ fn nbd(bench: &Bench<'_>, client: &mut Client, dir: &Path, plain: &Path, size: u
         let figure = Figure::new(&format!("nbd_{name}"), "x", ratios, COMMAND);
         figures.push(figure.against("qemu-nbd on a raw file, MB/s", median(&peers)));
     }
-    figures.push(Figure::new("nbd_over_qemu_nbd", "x", worst, COMMAND).asked(">=", 1.0));
+    figures.extend(worst_of("nbd_over_qemu_nbd", worst, 1.0));
     Ok(figures)
+}
+
+/// The worst of several loads, by round; none where none of them was measured.
+fn worst_of(name: &str, values: Vec<f64>, bar: f64) -> Option<Figure> {
+    values.iter().all(|v| v.is_finite()).then(|| Figure::new(name, "x", values, COMMAND).asked(">=", bar))
 }
 
 /// Memory of a mirror that serves a sparse disk of 1 TiB under random reads and writes.

@@ -11,12 +11,13 @@ use std::process::Command;
 use std::time::Instant;
 
 /// A home whose daemon ends with it.
-struct Home(Host);
+pub(super) struct Home(pub(super) Host);
 
 impl Home {
-    fn open(bench: &Bench<'_>, dir: &Path) -> Outcome<Self> {
+    /// Starts the daemon of a home.
+    pub(super) fn open(program: &Path, dir: &Path) -> Outcome<Self> {
         std::fs::create_dir_all(dir)?;
-        Host::open(bench.program, dir).map(Self)
+        Host::open(program, dir).map(Self)
     }
 }
 
@@ -39,7 +40,7 @@ fn tool(command: &mut Command) -> Outcome<String> {
 
 pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
     let dir = bench.fresh("images")?;
-    let host = Home::open(bench, &dir.join("home"))?;
+    let host = Home::open(bench.program, &dir.join("home"))?;
     let store = dir.join("home/store");
     let import = |path: &Path, name: &str| -> Outcome<f64> {
         let began = Instant::now();
@@ -86,7 +87,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
     for round in 0..bench.either(1, 3) {
         // Each import into a store of its own: what is measured is not deduplication.
         let home = dir.join(format!("home-{round}"));
-        let one = Home::open(bench, &home)?;
+        let one = Home::open(bench.program, &home)?;
         let kernel = dir.join("vmlinuz");
         let (path, kernel) = (large.to_string_lossy(), kernel.to_string_lossy());
         let began = Instant::now();
@@ -136,7 +137,7 @@ fn allocated(path: &Path) -> Outcome<u64> {
 }
 
 /// Copies a file out of an ext4 disk.
-fn extract(disk: &Path, inside: &str, to: &Path) -> Outcome {
+pub(super) fn extract(disk: &Path, inside: &str, to: &Path) -> Outcome {
     // It may be a link: the name of what it leads to is in what `stat` prints.
     let script = format!("dump {inside} {}", to.display());
     let found = tool(Command::new("debugfs").args(["-R", &format!("stat {inside}")]).arg(disk))?;

@@ -3,11 +3,18 @@
 //! - `blobs`: clones, commits and reads of blobs, in this process, on the embedded engine and on S3.
 //! - `disks`: a disk through the mirror's FUSE and NBD fronts, beside a plain file and `qemu-nbd`.
 //! - `images`: bringing disks in, beside `qemu-img convert`.
+//! - `sizes`: what sizes of blocks, frames and packs cost; only where it is named.
+//! - `deploy`: one image to sixteen instances at once, beside copying it and beside `qemu-nbd`.
+//! - `deployments`, `checkpoints`, `bonnie`: plots, drawn to `target/bench/plots`.
 
 mod blobs;
+mod bonnie;
+mod deploy;
 mod disks;
 mod images;
 mod origin;
+mod plots;
+mod sizes;
 
 use crate::report::Figure;
 use crate::{Outcome, report};
@@ -55,12 +62,17 @@ type Part = fn(&Bench<'_>) -> Outcome<Vec<Figure>>;
 pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     let quick = std::env::var_os("BENCH_QUICK").is_some_and(|q| !q.is_empty() && q != "0");
     let bench = Bench { program, dir: dir.to_owned(), quick };
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 10] = [
         ("blobs", blobs::local),
         ("history", blobs::history),
         ("s3", blobs::s3),
         ("disks", disks::run),
         ("images", images::run),
+        ("sizes", sizes::run),
+        ("deploy", deploy::run),
+        ("deployments", plots::deployments),
+        ("checkpoints", plots::checkpoints),
+        ("bonnie", plots::bonnie),
     ];
     if let Some(unknown) = only.iter().find(|name| parts.iter().all(|(part, _)| part != name)) {
         let known: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
@@ -68,10 +80,14 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
     }
     let (mut figures, mut failed) = (Vec::new(), Vec::new());
     for (name, part) in parts {
-        if only.is_empty() || only.iter().any(|wanted| wanted == name) {
+        if only.is_empty() && name != "sizes" || only.iter().any(|wanted| wanted == name) {
             println!("-- {name}");
             match part(&bench) {
-                Ok(found) => figures.extend(found),
+                // What was measured lasts, whatever becomes of the parts that follow.
+                Ok(found) => {
+                    figures.extend(found);
+                    report::save(to, &figures)?;
+                }
                 // The others are worth having all the same.
                 Err(error) => {
                     eprintln!("{name}: {error}");

@@ -7,11 +7,16 @@
 //!
 //! A power loss goes back to the durable states of the last flush, which were written after the data they speak
 //! of was made durable. They call clean blocks absent: one might have become dirty since, unflushed.
+//!
+//! Long writes go past the page cache: they would be copied once more, wait for each other, and be written back while
+//! the guest goes on. Short ones are gathered in it until they are flushed. The two kinds exclude each other in one
+//! layer: a page that is made dirty beside a direct write, in one folio with what that writes, cannot be dropped when
+//! the write ends, and would show old bytes.
 
 use super::states::{CHUNK, State, StateMap};
 use crate::home::{Home, at, sync_dir};
 use base::ByteRange;
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::ReadWriteFlags;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut};
@@ -19,11 +24,18 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, RwLock};
 
 /// Blocks under one lock, and how many locks: a request of 1 MiB takes a handful.
 const REGION_BLOCKS: u64 = 64;
 const LOCKS: usize = 128;
+
+/// What reads and writes past the page cache must be aligned to: enough for every block device there is.
+const DIRECT_ALIGN: u64 = 4096;
+/// The shortest write that goes past the page cache.
+const DIRECT_WRITE_MIN: usize = 128 << 10;
+/// States made durable at a time, in chunks.
+const FLUSH_CHUNKS: usize = 4096;
 
 /// One layer's files, open.
 pub(crate) struct Layer {
@@ -31,6 +43,8 @@ pub(crate) struct Layer {
     block_size: u64,
     states: StateMap,
     data: File,
+    /// The same file with O_DIRECT, where the file system has that.
+    direct: Option<File>,
     live: File,
     durable_path: PathBuf,
     data_path: PathBuf,
@@ -39,9 +53,10 @@ pub(crate) struct Layer {
     /// Data written since the last flush.
     unsynced: AtomicBool,
     locks: Box<[Mutex<()>]>,
-    /// Held by whoever writes data. File systems let one buffered write of a file in at a time, and threads that wait
-    /// for that in the kernel spin, which costs the one that works its processor.
-    writing: Mutex<()>,
+    /// Held alone by whoever writes data through the page cache, and together by those who write past it. (File systems
+    /// let one buffered write of a file in at a time, and threads that wait for that in the kernel spin, which costs the
+    /// one that works its processor.)
+    writing: RwLock<()>,
 }
 
 /// Exclusive hold of some blocks of a layer.
@@ -56,19 +71,33 @@ pub(crate) struct Hold<'a> {
 pub(crate) struct Blank {
     id: u64,
     data: File,
+    direct: Option<File>,
 }
 
 impl Blank {
     /// Opens or makes the data file of layer `id`. It is as long as what was written to it.
     pub(crate) fn open(home: &Home, id: u64) -> io::Result<Self> {
-        Ok(Self { id, data: open_or_create(&home.layer_data(id))? })
+        let path = home.layer_data(id);
+        let data = open_or_create(&path)?;
+        let direct = options().custom_flags(OFlags::DIRECT.bits().cast_signed()).open(&path);
+        let direct = direct.inspect_err(|e| log::debug!("{}: no O_DIRECT: {e}", path.display())).ok();
+        Ok(Self { id, data, direct })
     }
 }
 
-fn open_or_create(path: &Path) -> io::Result<File> {
+fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    options.open(path).map_err(|e| at(path, e))
+    options
+}
+
+fn open_or_create(path: &Path) -> io::Result<File> {
+    options().open(path).map_err(|e| at(path, e))
+}
+
+/// Whether these bytes of a file can be read or written past the page cache.
+pub(crate) fn is_direct(offset: u64, len: u64) -> bool {
+    offset.is_multiple_of(DIRECT_ALIGN) && len.is_multiple_of(DIRECT_ALIGN)
 }
 
 impl Layer {
@@ -99,20 +128,21 @@ impl Layer {
     }
 
     fn open_files(home: &Home, blank: Blank, blocks: u64, block_size: u64) -> io::Result<Self> {
-        let Blank { id, data } = blank;
+        let Blank { id, data, direct } = blank;
         let live_path = home.layer_live_states(id);
         Ok(Self {
             id,
             block_size,
             states: StateMap::new(blocks),
             data,
+            direct,
             live: open_or_create(&live_path)?,
             durable_path: home.layer_durable_states(id),
             data_path: home.layer_data(id),
             durable: Mutex::new(None),
             unsynced: AtomicBool::new(true),
             locks: (0..LOCKS).map(|_| Mutex::new(())).collect(),
-            writing: Mutex::new(()),
+            writing: RwLock::new(()),
         })
     }
 
@@ -161,6 +191,16 @@ impl Layer {
         self.data.read_exact_at(buf, offset)
     }
 
+    /// The data file through the page cache.
+    pub(crate) fn data(&self) -> &File {
+        &self.data
+    }
+
+    /// The data file past the page cache: offsets, lengths and addresses must be aligned.
+    pub(crate) fn direct(&self) -> Option<&File> {
+        self.direct.as_ref()
+    }
+
     /// As [`Layer::read_data`], but only where no disk has to be waited for; false: it would be.
     pub(crate) fn read_data_now(&self, offset: u64, buf: &mut [u8]) -> bool {
         let mut parts = [IoSliceMut::new(buf)];
@@ -196,14 +236,22 @@ impl Layer {
     /// Makes durable all that was written before the call.
     pub(crate) fn sync(&self) -> io::Result<()> {
         let mut durable = self.durable.lock().expect("no flusher panics");
-        let taken = self.states.take_touched();
-        let unsynced = self.unsynced.swap(false, Ordering::AcqRel);
-        let done = self.sync_taken(&mut durable, &taken, unsynced);
-        if done.is_err() {
-            self.states.touch_again(&taken);
-            self.unsynced.store(true, Ordering::Release);
+        let mut first = 0;
+        loop {
+            // The states before the data that they speak of, whoever writes meanwhile.
+            let (taken, next) = self.states.take_touched(first, FLUSH_CHUNKS);
+            let unsynced = self.unsynced.swap(false, Ordering::AcqRel);
+            let done = self.sync_taken(&mut durable, &taken, unsynced);
+            if done.is_err() {
+                self.states.touch_again(&taken);
+                self.unsynced.store(true, Ordering::Release);
+            }
+            done?;
+            first = match next {
+                Some(next) => next,
+                None => return Ok(()),
+            };
         }
-        done
     }
 
     fn sync_taken(&self, durable: &mut Option<File>, taken: &[(u64, Vec<u8>)], unsynced: bool) -> io::Result<()> {
@@ -241,9 +289,19 @@ impl Layer {
     }
 
     fn write_data(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let turn = self.writing.lock().expect("no writer panics");
-        let written = self.data.write_all_at(data, offset);
-        drop(turn);
+        let long = data.len() >= DIRECT_WRITE_MIN && is_direct(offset | data.as_ptr().addr() as u64, data.len() as u64);
+        let direct = self.direct.as_ref().filter(|_| long).map(|file| {
+            let _turn = self.writing.read().expect("no writer panics");
+            file.write_all_at(data, offset)
+        });
+        let written = match direct {
+            Some(Ok(())) => Ok(()),
+            // The error, if it is one, comes again; some file systems take O_DIRECT and refuse single requests.
+            Some(Err(_)) | None => {
+                let _turn = self.writing.write().expect("no writer panics");
+                self.data.write_all_at(data, offset)
+            }
+        };
         self.unsynced.store(true, Ordering::Release);
         written
     }
@@ -294,6 +352,8 @@ impl Hold<'_> {
         }
         self.layer.record(run.clone(), State::DirtyZero)?;
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // Of a page that it divides the file system writes the zeros through the page cache.
+        let _turn = (!is_direct(offset, len)).then(|| self.layer.writing.write().expect("no writer panics"));
         match rustix::fs::fallocate(&self.layer.data, punch, offset, len) {
             // The state already says zero; the hole only gives space back.
             Err(rustix::io::Errno::OPNOTSUPP) | Ok(()) => Ok(()),

@@ -4,7 +4,7 @@
 //! into it. A read takes a reference to the stack and lets go: what it finds in a layer sealed meanwhile is what
 //! the new stack shows as well.
 
-use super::layer::{Hold, Layer};
+use super::layer::{Hold, Layer, is_direct};
 use super::states::State;
 use crate::resolve::{VersionError, Versions};
 use base::ByteRange;
@@ -218,6 +218,25 @@ impl Overlay {
         assert!(offset + buf.len() as u64 <= self.size, "read of {} at {offset} of {}", buf.len(), self.size);
         let stack = self.stack();
         read_now(&stack.top, &stack.lower, self.block_size, offset, buf)
+    }
+
+    /// The layer that holds all of these bytes as data, at the same offset, where that is the top and they can be read
+    /// past the page cache.
+    pub(crate) fn holds_directly(&self, offset: u64, len: u64) -> Option<Arc<Layer>> {
+        if !is_direct(offset, len) {
+            return None;
+        }
+        let stack = self.stack();
+        stack.top.direct()?;
+        let (mut at, end) = (offset / self.block_size, (offset + len).div_ceil(self.block_size));
+        while at < end {
+            let (state, run_end) = stack.top.run(at, end);
+            if !matches!(state, State::Clean | State::Dirty) {
+                return None;
+            }
+            at = run_end;
+        }
+        Some(stack.top.clone())
     }
 
     /// Whether a write of these bytes asks the store for nothing: its first and last block are whole or are here.

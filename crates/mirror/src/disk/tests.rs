@@ -19,11 +19,14 @@ fn runs_of_states_cross_chunks_and_skip_untouched_ones() {
 fn touched_chunks_are_taken_once_and_given_back() {
     let map = StateMap::new(2 * CHUNK);
     map.set(0..1, State::Dirty);
-    let taken = map.take_touched();
-    assert_eq!((taken.len(), taken[0].0, taken[0].1[0]), (1, 0, State::Dirty as u8));
-    assert!(map.take_touched().is_empty());
+    let (taken, more) = map.take_touched(0, 9);
+    assert_eq!((taken.len(), taken[0].0, &taken[0].1[..2]), (1, 0, [State::Dirty as u8, 0].as_slice()));
+    assert_eq!((map.take_touched(0, 9), more), ((vec![], None), None));
+    map.set(CHUNK..CHUNK + 1, State::CleanZero);
     map.touch_again(&taken);
-    assert_eq!(map.take_touched(), taken);
+    assert_eq!(map.take_touched(0, 1), (taken, Some(1)));
+    let (rest, more) = map.take_touched(1, 1);
+    assert_eq!((rest.len(), rest[0].0, rest[0].1[0], more), (1, 1, State::CleanZero as u8, None));
 }
 
 #[test]

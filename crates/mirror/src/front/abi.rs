@@ -15,6 +15,7 @@ pub(crate) mod op {
     pub(crate) const FORGET: u32 = 2;
     pub(crate) const GETATTR: u32 = 3;
     pub(crate) const SETATTR: u32 = 4;
+    pub(crate) const READLINK: u32 = 5;
     pub(crate) const OPEN: u32 = 14;
     pub(crate) const READ: u32 = 15;
     pub(crate) const WRITE: u32 = 16;
@@ -28,6 +29,7 @@ pub(crate) mod op {
     pub(crate) const RELEASEDIR: u32 = 29;
     pub(crate) const FSYNCDIR: u32 = 30;
     pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const IOCTL: u32 = 39;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
     pub(crate) const LSEEK: u32 = 46;
@@ -142,27 +144,37 @@ pub(crate) struct Attr {
     pub(crate) node: u64,
     pub(crate) size: u64,
     pub(crate) mode: u32,
+    /// When it was changed last, in milliseconds since 1970.
+    pub(crate) time_ms: u64,
+    /// How long the kernel may believe it, in seconds.
+    pub(crate) valid_s: u64,
 }
 
-/// Ten years: attributes and names never change while an object lives.
+/// Ten years: attributes and names of objects never change while these live.
 const VALID_S: u64 = 10 * 365 * 86_400;
 
 impl Attr {
+    /// Of what does not change while it lives, and has no time.
+    pub(crate) fn fixed(node: u64, size: u64, mode: u32) -> Self {
+        Self { node, size, mode, time_ms: 0, valid_s: VALID_S }
+    }
+
     /// `fuse_attr`.
     fn put(self, body: Body) -> Body {
         let links = if self.mode & libc::S_IFMT == libc::S_IFDIR { 2 } else { 1 };
-        let times = body.u64(self.node).u64(self.size).u64(self.size.div_ceil(512)).u64(0).u64(0).u64(0);
-        times.u32(0).u32(0).u32(0).u32(self.mode).u32(links).u32(0).u32(0).u32(0).u32(4096).u32(0)
+        let (s, ns) = (self.time_ms / 1000, (self.time_ms % 1000 * 1_000_000) as u32);
+        let times = body.u64(self.node).u64(self.size).u64(self.size.div_ceil(512)).u64(s).u64(s).u64(s);
+        times.u32(ns).u32(ns).u32(ns).u32(self.mode).u32(links).u32(0).u32(0).u32(0).u32(4096).u32(0)
     }
 
     /// `fuse_entry_out`.
     pub(crate) fn entry(self) -> Body {
-        self.put(Body::default().u64(self.node).u64(0).u64(VALID_S).u64(VALID_S).u32(0).u32(0))
+        self.put(Body::default().u64(self.node).u64(0).u64(self.valid_s).u64(self.valid_s).u32(0).u32(0))
     }
 
     /// `fuse_attr_out`.
     pub(crate) fn attr(self) -> Body {
-        self.put(Body::default().u64(VALID_S).u32(0).u32(0))
+        self.put(Body::default().u64(self.valid_s).u32(0).u32(0))
     }
 }
 
@@ -186,9 +198,8 @@ pub(crate) fn init_out(minor: u32, flags: u64, readahead: u32, max_write: u32) -
         .bytes(&[0; 24])
 }
 
-/// One entry of a directory, padded.
-pub(crate) fn dirent(body: Body, node: u64, next: u64, name: &str, directory: bool) -> Body {
-    let kind = if directory { libc::DT_DIR } else { libc::DT_REG };
+/// One entry of a directory, padded. `kind` as in `dirent.h`.
+pub(crate) fn dirent(body: Body, node: u64, next: u64, name: &str, kind: u8) -> Body {
     let padding = name.len().next_multiple_of(8) - name.len();
     body.u64(node)
         .u64(next)

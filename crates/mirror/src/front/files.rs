@@ -3,14 +3,17 @@
 //! ```text
 //! /ram/<16 hex digits>    mode 0400   a RAM file; opening it for writing is refused, always
 //! /disk/<16 hex digits>   mode 0600   a writable disk, of fixed size
+//! /blob/<name>/<number>   mode 0600   a version of a blob: see `tree`
 //! ```
 //!
-//! An inode's number is its object's id. Handles of open files carry nothing, so any mirror can serve them.
+//! An inode's number is its object's id. Handles of open files carry nothing, so any mirror can serve them; those of
+//! the tree are on record.
 
 use super::abi::{self, Attr, Body, Header, IN_HEADER, OUT_HEADER, WRITE_IN, fopen, init, op, u32_at, u64_at};
+use super::tree::Routed;
 use super::waiting::{Read, Tried};
 use crate::core::Core;
-use crate::disk::{DiskError, Overlay};
+use crate::disk::{DiskError, Extent, Overlay};
 use crate::objects::{Object, ObjectError};
 use crate::ram::{RamError, RamObject, RamTally};
 use crate::resolve::VersionError;
@@ -25,6 +28,8 @@ pub(crate) const MAX_WRITE: u32 = 1 << 20;
 const ROOT: u64 = 1;
 const RAM: u64 = 2;
 const DISK: u64 = 3;
+/// The tree of blobs; see [`super::tree`].
+pub(super) const BLOB: u64 = 4;
 
 /// How often and how far apart a disk read asks the store again before the guest is told.
 const STORE_TRIES: u32 = 4;
@@ -49,7 +54,14 @@ pub(crate) enum Answer {
 
 impl Core {
     /// Answers the request in `buf[..len]`; the reply may be put into `buf`.
-    pub(crate) fn answer(&self, header: Header, buf: &mut [u8], len: usize) -> Answer {
+    pub(crate) fn answer(&self, mut header: Header, buf: &mut [u8], len: usize) -> Answer {
+        if self.is_of_tree(&header) {
+            match self.answer_in_tree(header, buf, len) {
+                Routed::Answered(answer) => return answer,
+                // The handle is one of a mirrored file, which is a disk as others are.
+                Routed::To(overlay) => header.node = overlay,
+            }
+        }
         let body = &buf[IN_HEADER..len];
         match header.opcode {
             op::READ => {
@@ -72,10 +84,14 @@ impl Core {
             op::LSEEK => self.seek(header.node, u64_at(body, 8), u32_at(body, 16)),
             op::READDIR => self.read_dir(header.node, u64_at(body, 8), u32_at(body, 16) as usize),
             op::INIT => self.init(body),
-            op::STATFS => Answer::Body(Body::default().bytes(&[0; 40]).u32(4096).u32(255).u32(4096).bytes(&[0; 28]).0),
+            op::STATFS => self.statfs(),
             op::OPENDIR => Answer::Body(vec![0; 16]),
             op::RELEASE | op::RELEASEDIR | op::FLUSH | op::FSYNCDIR | op::DESTROY => Answer::Body(Vec::new()),
-            op::FORGET | op::BATCH_FORGET => Answer::Nothing,
+            op::FORGET => Answer::Nothing,
+            op::BATCH_FORGET => {
+                self.forget_all(body);
+                Answer::Nothing
+            }
             // The kernel then never asks again: attributes, locks, access and the like are its own matter.
             _ => Answer::Error(Errno::NOSYS),
         }
@@ -85,9 +101,14 @@ impl Core {
     pub(crate) fn is_disk_work(&self, header: &Header) -> bool {
         match header.opcode {
             op::WRITE | op::FSYNC | op::FALLOCATE => true,
-            op::READ => self.objects.overlay(header.node).is_some(),
-            _ => false,
+            op::READ => self.is_of_tree(header) || self.objects.overlay(header.node).is_some(),
+            _ => self.reads_tree(header),
         }
+    }
+
+    /// Says nothing of room: a mirror's files need none before they are written.
+    pub(super) fn statfs(&self) -> Answer {
+        Answer::Body(Body::default().bytes(&[0; 40]).u32(4096).u32(255).u32(4096).bytes(&[0; 28]).0)
     }
 
     fn init(&self, body: &[u8]) -> Answer {
@@ -108,12 +129,11 @@ impl Core {
     }
 
     fn attr_of(&self, node: u64) -> Option<Attr> {
-        let directory = |node| Attr { node, size: 0, mode: libc::S_IFDIR | 0o700 };
         match node {
-            ROOT | RAM | DISK => Some(directory(node)),
+            ROOT | RAM | DISK | BLOB => Some(Attr::fixed(node, 0, libc::S_IFDIR | 0o700)),
             _ => match self.objects.get(node)? {
-                Object::Ram(ram) => Some(Attr { node, size: ram.map.size(), mode: libc::S_IFREG | 0o400 }),
-                Object::Overlay(o) => Some(Attr { node, size: o.size, mode: libc::S_IFREG | 0o600 }),
+                Object::Ram(ram) => Some(Attr::fixed(node, ram.map.size(), libc::S_IFREG | 0o400)),
+                Object::Overlay(o) => Some(Attr::fixed(node, o.size, libc::S_IFREG | 0o600)),
                 Object::View(_) => None,
             },
         }
@@ -124,6 +144,7 @@ impl Core {
         let node = match (parent, name) {
             (ROOT, "ram") => Some(RAM),
             (ROOT, "disk") => Some(DISK),
+            (ROOT, "blob") => Some(BLOB),
             (RAM | DISK, name) => object_named(name).filter(|&id| match self.objects.get(id) {
                 Some(Object::Ram(_)) => parent == RAM,
                 Some(Object::Overlay(_)) => parent == DISK,
@@ -167,20 +188,21 @@ impl Core {
     }
 
     fn read_dir(&self, node: u64, offset: u64, size: usize) -> Answer {
-        let entries: Vec<(u64, String, bool)> = match node {
-            ROOT => vec![(RAM, "ram".to_owned(), true), (DISK, "disk".to_owned(), true)],
+        let (directory, file) = (libc::DT_DIR, libc::DT_REG);
+        let entries: Vec<(u64, String, u8)> = match node {
+            ROOT => [(RAM, "ram"), (DISK, "disk"), (BLOB, "blob")].map(|(id, n)| (id, n.to_owned(), directory)).into(),
             RAM | DISK => {
-                self.objects.names(node == RAM).into_iter().map(|id| (id, format!("{id:016x}"), false)).collect()
+                self.objects.names(node == RAM).into_iter().map(|id| (id, format!("{id:016x}"), file)).collect()
             }
             _ => return Answer::Error(Errno::NOTDIR),
         };
         let mut body = Body::default();
         // The place behind an entry is its node number, so that adding and removing others moves nothing.
-        for (node, name, directory) in entries.into_iter().filter(|(node, ..)| *node > offset) {
+        for (node, name, kind) in entries.into_iter().filter(|(node, ..)| *node > offset) {
             if body.0.len() + 24 + name.len().next_multiple_of(8) > size {
                 break;
             }
-            body = abi::dirent(body, node, node, &name, directory);
+            body = abi::dirent(body, node, node, &name, kind);
         }
         Answer::Body(body.0)
     }
@@ -337,15 +359,33 @@ impl Core {
             Some(Object::Ram(_)) => return Answer::Error(Errno::NXIO),
             _ => return Answer::Error(Errno::STALE),
         };
-        if offset >= disk.size {
+        let extents = |range, most| disk.extents(self.objects.versions(), range, most);
+        self.seek_extents(disk.id, disk.size, (offset, whence), extents)
+    }
+
+    /// SEEK_DATA and SEEK_HOLE from `offset` in `id`, which is of `size` bytes and has these extents.
+    pub(super) fn seek_extents(
+        &self,
+        id: u64,
+        size: u64,
+        (offset, whence): (u64, u32),
+        extents: impl Fn(ByteRange, usize) -> Result<Vec<Extent>, DiskError>,
+    ) -> Answer {
+        let found = |at: u64| Answer::Body(Body::default().u64(at).0);
+        let data = match whence.cast_signed() {
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
+            _ => return Answer::Error(Errno::INVAL),
+        };
+        if offset >= size {
             return Answer::Error(Errno::NXIO);
         }
-        let (mut at, until) = (offset, disk.size.min(offset.saturating_add(SEEK_SPAN)));
+        let (mut at, until) = (offset, size.min(offset.saturating_add(SEEK_SPAN)));
         while at < until {
             let step = ByteRange::new(at, until.min(at + (1 << 30)));
-            let extents = match self.ask_again(|| disk.extents(self.objects.versions(), step, SEEK_EXTENTS)) {
+            let extents = match self.ask_again(|| extents(step, SEEK_EXTENTS)) {
                 Ok(extents) => extents,
-                Err(e) => return self.disk_failed(disk.id, &e),
+                Err(e) => return self.disk_failed(id, &e),
             };
             for extent in extents {
                 if extent.kind.zero != data {
@@ -354,7 +394,7 @@ impl Core {
                 at = extent.end;
             }
         }
-        match (data, at == disk.size) {
+        match (data, at == size) {
             (true, true) => Answer::Error(Errno::NXIO),
             // A hole that is none, or data that are zero, cost the asker another question and nothing else.
             _ => found(at),
@@ -395,7 +435,7 @@ impl Core {
     }
 
     /// The hypervisor stops the guest on such an error (`werror=stop,rerror=stop`), and goes on with it later.
-    fn disk_failed(&self, disk: u64, error: &DiskError) -> Answer {
+    pub(super) fn disk_failed(&self, disk: u64, error: &DiskError) -> Answer {
         let errno = match error {
             DiskError::Version(_) => Errno::IO,
             DiskError::Local(e) => errno_of(e),

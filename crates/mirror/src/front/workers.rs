@@ -4,7 +4,8 @@
 //! on disks at a time; what comes beyond is handed to a few threads that do nothing else. So page faults, which come
 //! by the same descriptor, never stand behind guests' flushes.
 
-use super::abi::{Header, IN_HEADER, OUT_HEADER, put_header};
+use super::abi::{Header, IN_HEADER, OUT_HEADER, WRITE_IN, op, put_header};
+use super::buffer::Buffer;
 use super::files::{Answer, MAX_WRITE};
 use crate::core::Core;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -35,6 +36,14 @@ pub(crate) struct Crew {
     /// No longer than what the kernel has in flight.
     handed: Mutex<VecDeque<Handed>>,
     came: Condvar,
+}
+
+impl Crew {
+    /// Hands a request to the threads for disks.
+    pub(crate) fn hand(&self, header: Header, request: Vec<u8>) {
+        self.handed.lock().expect("no holder panics").push_back((header, request));
+        self.came.notify_one();
+    }
 }
 
 /// Starts `count` workers.
@@ -70,13 +79,14 @@ fn work(core: &Arc<Core>) {
         let header = Header::parse(&buf);
         if !core.is_disk_work(&header) {
             serve(core, header, &mut buf, len);
+        } else if header.opcode == op::READ && core.read_directly(&header, &buf[..len]) {
+            // On its way.
         } else if crew.on_disks.fetch_add(1, Ordering::AcqRel) < crew.most.load(Ordering::Relaxed) * 3 / 4 {
             serve(core, header, &mut buf, len);
             crew.on_disks.fetch_sub(1, Ordering::AcqRel);
         } else {
             crew.on_disks.fetch_sub(1, Ordering::AcqRel);
-            crew.handed.lock().expect("no holder panics").push_back((header, buf[..len].to_vec()));
-            crew.came.notify_one();
+            crew.hand(header, buf[..len].to_vec());
         }
         crew.idle.fetch_add(1, Ordering::AcqRel);
     }
@@ -119,12 +129,9 @@ fn serve(core: &Core, header: Header, buf: &mut [u8], len: usize) {
     reply(core, header.unique, answer, buf);
 }
 
-/// A buffer whose every page is there. A page that had to be brought in just when the mirror is killed would fail
-/// the kernel's copy, and with it the request, for good.
-pub(crate) fn buffer() -> Vec<u8> {
-    let mut buf = vec![0; BUFFER];
-    buf.fill(0xa5);
-    buf
+/// A buffer in which the data of a WRITE lie so that they can go past the page cache.
+pub(crate) fn buffer() -> Buffer {
+    Buffer::new(BUFFER, IN_HEADER + WRITE_IN).touch()
 }
 
 /// Sends an answer to the kernel.

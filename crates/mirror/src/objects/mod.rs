@@ -267,6 +267,23 @@ impl Objects {
         })
     }
 
+    /// Bytes that an overlay holds beyond what is in the store; none: there is no such overlay.
+    pub(crate) fn changed_bytes(&self, id: u64) -> Option<u64> {
+        let stack = self.overlay(id)?.stack();
+        let of_layer = |layer: &Layer| {
+            let (written, zeroed) = layer.changes();
+            written.iter().chain(&zeroed).map(base::ByteRange::len).sum::<u64>()
+        };
+        let (mut bytes, mut lower) = (of_layer(&stack.top), stack.lower.clone());
+        while let Lower::View(view) = &lower
+            && !view.committed.load(Ordering::Acquire)
+        {
+            bytes += of_layer(&view.layer);
+            lower = view.lower();
+        }
+        Some(bytes)
+    }
+
     /// Lets what a view's layer lacks come from its own version.
     pub(crate) fn set_view_committed(&self, id: u64, version: &str) -> Result<(), ObjectError> {
         let what = "committing view";

@@ -136,6 +136,19 @@ impl Mirror {
         fs::write(self.store.join(name), bytes).unwrap();
     }
 
+    /// Drops what the host's page cache holds of the disks' layers, and returns their data files.
+    pub(crate) fn drop_layers(&self) -> Vec<File> {
+        let files = fs::read_dir(self.home.join("mirror/layers")).unwrap().map(|entry| entry.unwrap().path());
+        let drop = |path| {
+            let file = File::open(path).unwrap();
+            file.sync_all().unwrap();
+            // SAFETY: an open descriptor and plain numbers.
+            assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
+            file
+        };
+        files.filter(|path| path.extension().is_some_and(|e| e == "data")).map(drop).collect()
+    }
+
     pub(crate) fn open_disk(&self, id: u64) -> File {
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(self.disk(id)).unwrap()
     }

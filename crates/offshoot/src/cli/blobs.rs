@@ -2,8 +2,8 @@
 
 use super::{BlobCommand, Outcome, output};
 use api::{
-    Blob, BlobChanged, BlobClone, BlobCreate, BlobDiff, BlobResize, BlobSnapshot, BlobSnapshotRequest, BlobTag,
-    BlobVersion, Client, Progress, path_segment,
+    Blob, BlobChanged, BlobClone, BlobCreate, BlobDiff, BlobFile, BlobFileChange, BlobFileOpen, BlobResize,
+    BlobSnapshot, BlobSnapshotRequest, BlobTag, BlobVersion, Client, Progress, path_segment,
 };
 use base::units::human;
 use serde_json::Value;
@@ -42,6 +42,29 @@ pub(super) fn blob(client: &Client, command: &BlobCommand) -> Outcome {
         }
         BlobCommand::Log { name, last, json } => log(client, name, *last, *json),
         BlobCommand::Diff { name, from, to, json } => diff(client, name, from, to, *json),
+        BlobCommand::Open { version, json } => {
+            let request = BlobFileOpen { version: version.clone() };
+            let file: BlobFile = client.post("/v1/blob-files/open", &request)?;
+            said(&file, &file.path, *json)
+        }
+        BlobCommand::Files(list) => files(client, list.json),
+        BlobCommand::Commit { file } => {
+            let done: BlobFile = client.post("/v1/blob-files/commit", &file_change(client, file, None)?)?;
+            println!("{}@{}", done.blob, done.number);
+            Ok(())
+        }
+        BlobCommand::Discard { file } => {
+            client.post::<Value>("/v1/blob-files/discard", &file_change(client, file, None)?).map(drop)?;
+            Ok(())
+        }
+        BlobCommand::Clone { version, names } if version.starts_with('/') => {
+            let [name] = names.as_slice() else {
+                return Err("a file of the tree becomes one clone: give one name".into());
+            };
+            let done: BlobFile = client.post("/v1/blob-files/clone", &file_change(client, version, Some(name))?)?;
+            println!("{}", done.blob);
+            Ok(())
+        }
         BlobCommand::Clone { version, names } => {
             let (blob, version) = split(client, version)?;
             let made: Vec<Blob> = client.post(&at(&blob, "/clone"), &BlobClone { version, names: names.clone() })?;
@@ -79,6 +102,32 @@ pub(super) fn blob(client: &Client, command: &BlobCommand) -> Outcome {
         }
         BlobCommand::Snapshots { json, remove } => snapshots(client, *json, remove),
     }
+}
+
+/// The file that a path in the tree of blobs is, or `NAME@NUMBER`, `NAME@TAG` or `NAME`.
+fn file_change(client: &Client, text: &str, name: Option<&str>) -> Result<BlobFileChange, Box<dyn std::error::Error>> {
+    let mut version = text.to_owned();
+    if text.starts_with('/') {
+        let parts: Vec<&str> = text.rsplitn(3, '/').collect();
+        let [number, blob, _] = parts.as_slice() else { return Err(format!("{text} is no file of a blob").into()) };
+        let blob = blob.replace("%2F", "/");
+        version = if *number == "latest" { blob } else { format!("{blob}@{number}") };
+    }
+    let found: BlobFile = client.post("/v1/blob-files/open", &BlobFileOpen { version })?;
+    Ok(BlobFileChange { blob: found.blob, number: found.number, name: name.map(str::to_owned) })
+}
+
+fn files(client: &Client, json: bool) -> Outcome {
+    let files: Vec<BlobFile> = client.get("/v1/blob-files")?;
+    if json {
+        output::json(&files);
+        return Ok(());
+    }
+    let row = |f: &BlobFile| {
+        vec![format!("{}@{}", f.blob, f.number), human(f.changed_bytes), f.opened.to_string(), f.path.clone()]
+    };
+    output::table(&["VERSION", "CHANGED", "OPEN", "PATH"], &files.iter().map(row).collect::<Vec<_>>());
+    Ok(())
 }
 
 /// The path of a blob, or of something of it.

@@ -1,7 +1,7 @@
 //! Commands about the host and the node.
 
 use super::{Outcome, output};
-use api::{Check, Client, ClientError, NodeStats, VerifyReply};
+use api::{Check, Client, ClientError, NodeStats, StoreReport, VerifyReply};
 use base::units::human;
 use std::path::Path;
 
@@ -19,6 +19,7 @@ pub(super) fn doctor(home: &Path, json: bool) -> Outcome {
             Err(_) => "none runs; the next command starts one".into(),
         },
     });
+    checks.extend(store(home, &client));
     if let Ok(exports) = client.get::<Vec<api::NbdExport>>("/v1/nbd") {
         let failed = exports.iter().any(|e| e.state == api::NbdState::Failed);
         let named: Vec<String> = exports.iter().map(|e| format!("{} ({})", e.name, e.state)).collect();
@@ -45,6 +46,35 @@ pub(super) fn doctor(home: &Path, json: bool) -> Outcome {
         return Err("something that is needed is missing".into());
     }
     Ok(())
+}
+
+/// How a shared store does; of a daemon that does not run, what is on record.
+fn store(home: &Path, client: &Client) -> Option<Check> {
+    let check = |ok, detail| Some(Check { name: "store".into(), ok, needed: false, detail });
+    let Ok(report) = client.get::<StoreReport>("/v1/store") else {
+        let place = node::Place::of(home).ok()??;
+        return check(true, format!("{} as node {}; no daemon runs to ask it", place.url, place.node));
+    };
+    let Some(node) = &report.node else { return check(true, format!("{}, this node's own", report.url)) };
+    let cache = format!(
+        "cache {} of {}{}",
+        human(report.cache_filled_bytes),
+        human(report.cache_bytes),
+        report.hit_rate.map_or(String::new(), |rate| format!(", {:.0}% of reads hit", rate * 100.0))
+    );
+    if report.reachable && report.mirror_trouble.is_none() {
+        return check(true, format!("{} answers, node {node}; {cache}", report.url));
+    }
+    let why = report.mirror_trouble.or(report.last_failure).unwrap_or_default();
+    let since = report.away_ms.map_or(String::new(), |ms| format!(" for {} s", ms / 1000));
+    let circuit = report.circuit.unwrap_or_default();
+    check(
+        false,
+        format!(
+            "{} does not answer{since}: {why}; requests are {circuit}; what is cached is served, {} commits wait; {cache}",
+            report.url, report.waiting_commits
+        ),
+    )
 }
 
 /// Ends the daemon.

@@ -123,6 +123,8 @@ enum Command {
     },
     /// Drop old snapshots by rule, and give back the space that nothing reaches
     Gc(GcArgs),
+    /// Fetch images, snapshots and blobs into this node's cache of a shared store, before they are needed
+    Warm(WarmArgs),
     /// Keep versioned arrays of bytes: write, read any version, clone, compare, tag
     #[command(subcommand)]
     Blob(BlobCommand),
@@ -324,6 +326,22 @@ struct TransferArgs {
 }
 
 #[derive(Args)]
+struct WarmArgs {
+    /// VM@TAG (a snapshot), NAME (an image) or blob:NAME
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Keep it there until --unpin
+    #[arg(long, conflicts_with = "unpin")]
+    pin: bool,
+    /// Let it go again
+    #[arg(long)]
+    unpin: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct GcArgs {
     /// Say what would be done and why, and do nothing
     #[arg(long)]
@@ -334,6 +352,9 @@ struct GcArgs {
     /// Keep snapshots not older than this, as in 7days, and drop the others
     #[arg(long, value_parser = humantime::parse_duration)]
     keep_within: Option<std::time::Duration>,
+    /// Drop what a node that is gone kept for itself in a shared store; --dry-run lists nodes by id
+    #[arg(long, value_name = "ID")]
+    drop_node: Option<String>,
     /// Clean up another store instead
     #[arg(long)]
     store: Option<String>,
@@ -438,9 +459,31 @@ enum BlobCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Print the path of a version in the tree of blobs, which any program may open; what it writes stays local until
+    /// it is committed
+    Open {
+        /// NAME, NAME@NUMBER or NAME@TAG
+        version: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List versions that have local changes, or are open for writing
+    Files(ListArgs),
+    /// Make the local changes of a file in the tree of blobs the next version of its blob
+    Commit {
+        /// Its path, or NAME@NUMBER
+        file: String,
+    },
+    /// Drop the local changes of a file in the tree of blobs
+    Discard {
+        /// Its path, or NAME@NUMBER
+        file: String,
+    },
     /// Make blobs that begin as a version of another; costs the same whatever its size
     Clone {
-        /// NAME, NAME@NUMBER or NAME@TAG
+        /// NAME, NAME@NUMBER or NAME@TAG; or the path of a file in the tree of blobs, whose local changes then belong
+        /// to the clone
         version: String,
         /// Names of the clones
         #[arg(required = true)]
@@ -583,6 +626,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Pull(args) => stores::transfer(&client, stores::Way::Pull, args),
         Command::Remote { store, json } => stores::remote(&client, store, *json),
         Command::Gc(args) => stores::gc(&client, args),
+        Command::Warm(args) => stores::warm(&client, args),
         Command::Blob(command) => blobs::blob(&client, command),
         Command::Nbd(command) => disks::nbd(&client, command),
         Command::Export(args) => disks::export(&client, args),

@@ -1,7 +1,9 @@
 //! Commands of other stores, and of cleaning up.
 
-use super::{GcArgs, Outcome, TransferArgs, output};
-use api::{Client, Credentials, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest};
+use super::{GcArgs, Outcome, TransferArgs, WarmArgs, output};
+use api::{
+    Client, Credentials, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest, WarmReply, WarmRequest,
+};
 use base::units::human;
 
 /// Which way.
@@ -62,6 +64,7 @@ pub(super) fn gc(client: &Client, args: &GcArgs) -> Outcome {
         dry_run: args.dry_run,
         keep_last: args.keep_last,
         keep_within_s: args.keep_within.map(|within| within.as_secs()),
+        drop_node: args.drop_node.clone(),
         store: args.store.as_deref().map(place).transpose()?,
         credentials: credentials(),
     };
@@ -74,6 +77,14 @@ pub(super) fn gc(client: &Client, args: &GcArgs) -> Outcome {
     for name in &reply.dropped {
         println!("{} {name}", would("dropped", "would drop"));
     }
+    if args.dry_run && !reply.nodes.is_empty() {
+        let row = |n: &api::GcNode| {
+            let this = if n.this { " (this one)" } else { "" };
+            vec![format!("{}{this}", n.id), n.host.clone(), n.home.clone(), n.heads.to_string(), n.seen.clone()]
+        };
+        let rows: Vec<_> = reply.nodes.iter().map(row).collect();
+        output::table(&["NODE", "HOST", "HOME", "KEEPS", "LAST STARTED"], &rows);
+    }
     if args.dry_run {
         let row =
             |p: &api::GcPack| vec![p.pack.clone(), human(p.bytes), human(p.kept_bytes), p.fate.clone(), p.why.clone()];
@@ -84,6 +95,25 @@ pub(super) fn gc(client: &Client, args: &GcArgs) -> Outcome {
         bytes => format!("; {} more when its time of grace is over", human(bytes)),
     };
     println!("{} {}{later}", would("gave back", "would give back"), human(reply.bytes));
+    Ok(())
+}
+
+/// Fetches into the node's cache.
+pub(super) fn warm(client: &Client, args: &WarmArgs) -> Outcome {
+    let request = WarmRequest { names: args.names.clone(), pin: args.pin, unpin: args.unpin };
+    let mut show = output::Show::new();
+    let warmed: Vec<WarmReply> = client.post_long("/v1/warm", &request, |p| show.update(p))?;
+    drop(show);
+    if args.json {
+        output::json(&warmed);
+        return Ok(());
+    }
+    for w in warmed {
+        println!("{}", w.name);
+        if !args.unpin {
+            eprintln!("{}: {} in the cache, {} fetched", w.name, human(w.bytes), human(w.fetched_bytes));
+        }
+    }
     Ok(())
 }
 

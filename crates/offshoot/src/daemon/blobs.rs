@@ -3,7 +3,9 @@
 use super::Daemon;
 use super::long::Failure;
 use super::routes::{Answer, Shared, blocking};
-use api::{BlobClone, BlobCreate, BlobResize, BlobSnapshotRequest, BlobTag, ErrorBody, ErrorKind};
+use api::{
+    BlobClone, BlobCreate, BlobFileChange, BlobFileOpen, BlobResize, BlobSnapshotRequest, BlobTag, ErrorBody, ErrorKind,
+};
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::header;
@@ -35,6 +37,11 @@ pub(super) fn router() -> Router<Arc<Daemon>> {
         .route("/v1/blobs/{name}/clone", post(clone))
         .route("/v1/blobs/{name}/tags/{tag}", put(tag).delete(untag))
         .route("/v1/blobs/{name}/versions/{number}", delete(remove_version))
+        .route("/v1/blob-files", get(files))
+        .route("/v1/blob-files/open", post(open))
+        .route("/v1/blob-files/commit", post(commit_file))
+        .route("/v1/blob-files/clone", post(clone_file))
+        .route("/v1/blob-files/discard", post(discard_file))
         .route("/v1/blob-snapshots", get(snapshots).post(snapshot))
         .route("/v1/blob-snapshots/{name}", delete(remove_snapshot))
         // What is written is streamed to a file, whatever its size.
@@ -239,6 +246,37 @@ async fn untag(State(daemon): Shared, Path((name, tag)): Path<(String, String)>)
 
 async fn remove_version(State(daemon): Shared, Path((name, number)): Path<(String, u64)>) -> Answer<Value> {
     blocking(daemon, move |d| d.node.delete_blob_version(&name, number)).await.map(|()| Json(json!({})))
+}
+
+async fn files(State(daemon): Shared) -> Answer<Vec<api::BlobFile>> {
+    blocking(daemon, |d| d.node.blob_files()).await.map(Json)
+}
+
+async fn open(State(daemon): Shared, Json(request): Json<BlobFileOpen>) -> Answer<api::BlobFile> {
+    blocking(daemon, move |d| d.node.blob_path(&request.version)).await.map(Json)
+}
+
+async fn commit_file(State(daemon): Shared, Json(file): Json<BlobFileChange>) -> Answer<api::BlobFile> {
+    blocking(daemon, move |d| {
+        let number = d.node.commit_blob_file(&file.blob, file.number)?;
+        d.node.blob_path(&format!("{}@{number}", file.blob))
+    })
+    .await
+    .map(Json)
+}
+
+async fn clone_file(State(daemon): Shared, Json(file): Json<BlobFileChange>) -> Answer<api::BlobFile> {
+    blocking(daemon, move |d| {
+        let name = file.name.ok_or_else(|| node::Error::Invalid("a clone needs a name".into()))?;
+        let number = d.node.clone_blob_file(&file.blob, file.number, &name)?;
+        d.node.blob_path(&format!("{name}@{number}"))
+    })
+    .await
+    .map(Json)
+}
+
+async fn discard_file(State(daemon): Shared, Json(file): Json<BlobFileChange>) -> Answer<Value> {
+    blocking(daemon, move |d| d.node.discard_blob_file(&file.blob, file.number)).await.map(|()| Json(json!({})))
 }
 
 async fn snapshots(State(daemon): Shared) -> Answer<Vec<api::BlobSnapshot>> {

@@ -86,8 +86,8 @@ pub(crate) fn serve(
     let library = install_library(&directories)?;
     let root = directories.root().to_owned();
     drop(directories);
-    Place::settle(&root, store, cache_bytes)?;
-    let node = Node::open(&root, library)?;
+    Place::settle(&root, store, cache_bytes).map_err(|error| error.whole())?;
+    let node = Node::open(&root, library).map_err(|error| error.whole())?;
     let daemon = Arc::new(Daemon { node, stop_vms: AtomicBool::new(false), shutdown: tokio::sync::Notify::new() });
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(512).enable_all().build()?;

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
+pub(crate) mod fsx;
 pub(crate) mod tiny;
 
 use bench::Outcome;

@@ -86,7 +86,7 @@ pub struct LogEntry {
 }
 
 impl LogEntry {
-    fn encode(&self) -> [u8; RECORD as usize] {
+    pub(crate) fn encode(&self) -> [u8; RECORD as usize] {
         let mut out = [0; RECORD as usize];
         for (at, value) in [self.time_ms, self.size, self.parent, self.bytes].into_iter().enumerate() {
             out[8 * at..8 * at + 8].copy_from_slice(&value.to_le_bytes());
@@ -97,7 +97,8 @@ impl LogEntry {
         out
     }
 
-    fn decode(number: u64, bytes: &[u8; RECORD as usize]) -> Option<Self> {
+    /// Reads what [`LogEntry::encode`] wrote; `None` for anything else.
+    pub(crate) fn decode(number: u64, bytes: &[u8; RECORD as usize]) -> Option<Self> {
         let value = |at: usize| u64::from_le_bytes(bytes[8 * at..8 * at + 8].try_into().expect("eight bytes"));
         let change = *CHANGES.get(usize::from(bytes[32]).checked_sub(1)?)?;
         let known = bytes[33] & !DELETED == 0 && bytes[34..].iter().all(|byte| *byte == 0);
@@ -155,6 +156,12 @@ impl Epoch {
 
     fn has_room(&self, number: u64, version: &Version) -> bool {
         version.height() <= self.height && number - self.first < EPOCH_BYTES_MAX / self.slot_bytes()
+    }
+
+    /// Whether it can have the version `number`, if that is of `height`.
+    fn has_slot(&self, number: u64, height: u8) -> bool {
+        let slots = self.slots.size / self.slot_bytes();
+        height <= self.height && number.checked_sub(self.first).is_some_and(|slot| slot < slots)
     }
 
     /// Where the version `number` of `height` stands: its place among the subtrees of that height.
@@ -402,13 +409,18 @@ impl State {
         };
         let entry = self.readable(store, number)?;
         let blank = store.empty(entry.size, self.latest.block_size);
-        let epoch = &self.epochs[self.epoch_of(number)];
+        let height = blank.height();
+        let slot = self.epochs.get(self.epoch_of(number)).filter(|epoch| epoch.has_slot(number, height));
+        let epoch = slot.ok_or_else(|| Error::Corrupt {
+            object: crate::head::object(&super::head(&self.name)),
+            offset: 0,
+            what: format!("its history has no place for version {number} of {} bytes", entry.size),
+        })?;
         let tree = tree_of(&epoch.slots);
         if tree.name.is_none() {
             return Ok((number, blank));
         }
-        let place = epoch.place(number, blank.height());
-        let found = store.refreshed(|| tree::subtree(store, tree, blank.height(), place))?;
+        let found = store.refreshed(|| tree::subtree(store, tree, height, epoch.place(number, height)))?;
         Ok((number, Version { root: found.name.unwrap_or(blank.root), ..blank }))
     }
 

@@ -24,6 +24,8 @@ pub(crate) type Writers = Group<Op, Result<u64, Error>>;
 pub(crate) enum Op {
     /// Publish what a writer made.
     Apply { work: Work, parent: u64, change: Change },
+    /// Publish what a writer made of version `parent`, if that is the latest.
+    Follow { work: Work, parent: u64 },
     /// Publish another size.
     Resize(u64),
     /// Tag a version.
@@ -85,6 +87,11 @@ impl Blob<'_> {
                 super::check_size(version.size)?;
                 let bytes = work.ranges.iter().map(base::ByteRange::len).sum();
                 Ok(state.push(version, *parent, *change, bytes))
+            }
+            Op::Follow { parent, .. } if *parent != state.number() => Err(self.moved_on()),
+            Op::Follow { work, parent } => {
+                let bytes = work.ranges.iter().map(base::ByteRange::len).sum();
+                Ok(state.push(work.ours, *parent, Change::Write, bytes))
             }
             Op::Resize(size) => {
                 let (parent, latest) = (state.number(), state.latest());

@@ -2,22 +2,31 @@
 //!
 //! *At one instant*: in this process heads are swapped under a lock, which is held while they are read. Other processes
 //! may publish to a shared medium meanwhile, so the heads are read once more: if none changed, all stood as they were
-//! read at the moment between the two readings.
+//! read at the moment between the two readings. If one did, the second reading is the first of the next pair. Heads are
+//! read side by side, so that a reading takes one round trip and not one for each blob, and writers that publish many
+//! times a second leave room between two of their swaps.
 
+use super::At;
 use super::history::State;
-use super::{At, head};
-use crate::engine::Expect;
+use crate::commit::in_parallel;
+use crate::engine::{Etag, Expect};
 use crate::error::Error;
 use crate::name::Version;
 use crate::store::Store;
 use crate::{Manifest, Transaction};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 const PREFIX: &str = "blobsnap/";
 const FORMAT: u32 = 1;
 /// Readings before giving up on heads that never stand still.
-const READINGS_MAX: usize = 100;
+const READINGS_MAX: usize = 200;
+/// Readings without a pause; then writers of this process, which wait while heads are read, get their turn.
+const READINGS_AT_ONCE: usize = 20;
+const PAUSE: Duration = Duration::from_millis(1);
+/// Heads read at once where each takes a round trip.
+const HEADS_AT_ONCE: usize = 16;
 
 /// Number and version by the name of the blob.
 type Versions = BTreeMap<String, (u64, Version)>;
@@ -38,6 +47,22 @@ struct Meta {
     numbers: BTreeMap<String, u64>,
 }
 
+impl BlobSnapshot {
+    /// Reads the manifest of the snapshot `name`.
+    pub(crate) fn decode(name: &str, manifest: Manifest) -> Result<Self, Error> {
+        let corrupt =
+            |what: String| Error::Corrupt { object: crate::head::object(&format!("{PREFIX}{name}")), offset: 0, what };
+        let meta: Meta = serde_json::from_str(&manifest.meta)
+            .map_err(|error| corrupt(format!("its description is not that of a snapshot of blobs: {error}")))?;
+        if meta.format != FORMAT || meta.numbers.keys().ne(manifest.versions.keys()) {
+            return Err(corrupt("its description is not that of a snapshot of blobs of format 1".to_owned()));
+        }
+        let numbers = meta.numbers.into_values();
+        let versions = manifest.versions.into_iter().zip(numbers).map(|((blob, v), number)| (blob, (number, v)));
+        Ok(Self { name: name.to_owned(), versions: versions.collect() })
+    }
+}
+
 impl Store {
     /// Makes a snapshot of these blobs.
     ///
@@ -52,7 +77,10 @@ impl Store {
             match self.read_together(&tx, blobs) {
                 Ok(Some(versions)) => break versions,
                 // Moved, or deleted and collected, meanwhile.
-                Ok(None) | Err(Error::Unknown { .. }) if readings < READINGS_MAX => readings += 1,
+                Ok(None) | Err(Error::Unknown { .. }) if readings < READINGS_MAX / READINGS_AT_ONCE => {
+                    readings += 1;
+                    std::thread::sleep(PAUSE);
+                }
                 Ok(None) => {
                     return Err(Error::Invalid(format!(
                         "the blobs of snapshot `{name}` change too fast to be read at one instant; repeat it"
@@ -84,21 +112,19 @@ impl Store {
 
     fn states_together(&self, blobs: &[(&str, At)]) -> Result<Option<Vec<State>>, Error> {
         let _one = self.publishing.lock().expect("no panic while publishing");
-        let mut states = Vec::with_capacity(blobs.len());
-        let mut etags = Vec::with_capacity(blobs.len());
-        for (blob, _) in blobs {
-            let (state, etag) = self.blob_state(blob)?;
-            states.push(state);
-            etags.push(etag);
-        }
-        for ((blob, _), etag) in blobs.iter().zip(etags) {
-            let head = head(blob);
-            let now = self.engine.head(&head).map_err(|error| Error::io("read", crate::head::object(&head), error))?;
-            if now.is_none_or(|(_, now)| now != etag) {
-                return Ok(None);
+        let threads = if self.engine.is_remote() { HEADS_AT_ONCE } else { 1 };
+        let read = || in_parallel(threads, blobs.to_vec(), |(blob, _)| self.blob_state(blob));
+        let etags = |read: &[(State, Etag)]| read.iter().map(|(_, etag)| etag.clone()).collect::<Vec<_>>();
+        let mut before = etags(&read()?);
+        for _ in 0..READINGS_AT_ONCE {
+            let now = read()?;
+            let tags = etags(&now);
+            if tags == before {
+                return Ok(Some(now.into_iter().map(|(state, _)| state).collect()));
             }
+            before = tags;
         }
-        Ok(Some(states))
+        Ok(None)
     }
 
     /// A snapshot of blobs by its name.
@@ -109,15 +135,7 @@ impl Store {
         let head = format!("{PREFIX}{name}");
         let found = self.head(&head)?;
         let (manifest, _) = found.ok_or_else(|| Error::NotFound { what: format!("snapshot of blobs `{name}`") })?;
-        let corrupt = |what: String| Error::Corrupt { object: crate::head::object(&head), offset: 0, what };
-        let meta: Meta = serde_json::from_str(&manifest.meta)
-            .map_err(|error| corrupt(format!("its description is not that of a snapshot of blobs: {error}")))?;
-        if meta.format != FORMAT || meta.numbers.keys().ne(manifest.versions.keys()) {
-            return Err(corrupt("its description is not that of a snapshot of blobs of format 1".to_owned()));
-        }
-        let numbers = meta.numbers.into_values();
-        let versions = manifest.versions.into_iter().zip(numbers).map(|((blob, v), number)| (blob, (number, v)));
-        Ok(BlobSnapshot { name: name.to_owned(), versions: versions.collect() })
+        BlobSnapshot::decode(name, manifest)
     }
 
     /// The names of all snapshots of blobs, sorted.

@@ -228,9 +228,16 @@ impl Object {
 
     fn names_in(&self, folder: &str) -> io::Result<Vec<String>> {
         self.core.ask("list", folder, |link, path| async move {
-            let limit = link.limits.attempt_for(64 << 20);
             let mut number = 0;
             let found = loop {
+                // A long list takes long; whether anybody is there at all shows sooner.
+                let limit = match number {
+                    0 => link.limits.attempt,
+                    _ => {
+                        link.look(&link.path("key")).await?;
+                        link.limits.attempt_for(64 << 20)
+                    }
+                };
                 match link.attempt(number > 0, limit, link.s3.list_with_delimiter(Some(&path))).await {
                     Err(Failure::Away(_)) if number + 1 < link.limits.attempts => {
                         number += 1;

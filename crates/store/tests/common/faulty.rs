@@ -197,6 +197,15 @@ impl Engine for Faulty {
     fn swap_head(&self, name: &str, expect: &Expect, bytes: &[u8]) -> io::Result<Result<Etag, &'static str>> {
         self.run("swap", name, true, || self.memory.swap_head(name, expect, bytes))
     }
+    fn put_new(&self, name: &str, bytes: &[u8]) -> io::Result<bool> {
+        self.run("put_new", name, true, || self.memory.put_new(name, bytes))
+    }
+    fn can_share(&self) -> bool {
+        self.memory.can_share()
+    }
+    fn made_ms(&self, name: &str) -> io::Result<Option<u64>> {
+        self.run("made", name, false, || self.memory.made_ms(name))
+    }
     fn remove_head(&self, name: &str) -> io::Result<bool> {
         self.run("unhead", name, true, || self.memory.remove_head(name))
     }

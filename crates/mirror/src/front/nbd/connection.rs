@@ -5,18 +5,24 @@
 //! started if none is free, so that a slow request delays nobody behind it. A client that asks one thing at a time
 //! thus costs one thread and no switch between threads; one that asks many at once has them worked in parallel, and
 //! answered in the order in which they are done.
+//!
+//! Short reads that have to wait for the device alone are handed to it by the leader, all that are at hand in one
+//! system call, and answered by a thread that listens for them, all that have landed in one as well.
 
 use super::Export;
 use super::handshake::Agreed;
 use super::wire::{REQUEST_LEN, Request, STATE_HOLE, STATE_ZERO, chunk, chunk_head, cmd, err, flag, simple_reply};
 use crate::core::Core;
 use crate::disk::{DiskError, Extent, is_zero};
+use crate::front::aio::{Aio, is_cached};
+use crate::front::buffer::Buffer;
 use base::ByteRange;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Workers of one connection at most.
 const WORKERS_MAX: usize = 32;
@@ -34,6 +40,8 @@ const GATHER: usize = 64 << 10;
 const HOLE: usize = 32 << 10;
 /// The most that a zeroing may cover and still be answered by the leader.
 const ZERO_QUICK: u32 = 32 << 20;
+/// Reads at the device at most; more are read by waiting workers.
+const FLIGHTS: usize = 64;
 /// Extents in one reply, and bytes that they may cover.
 const EXTENTS_MAX: usize = 4096;
 const EXTENTS_SPAN: u64 = 1 << 30;
@@ -51,6 +59,14 @@ pub(super) struct Connection {
     workers: AtomicUsize,
     /// Workers that wait for the lead.
     free: AtomicUsize,
+    /// Reads that the device works on, where there is somebody to listen for them.
+    direct: Option<Aio<Flight>>,
+}
+
+/// A request that the device works on.
+struct Flight {
+    request: Request,
+    began: Instant,
 }
 
 /// What was read ahead.
@@ -123,19 +139,115 @@ impl Connection {
     pub(super) fn new(core: Arc<Core>, export: Arc<Export>, agreed: Agreed, stream: UnixStream) -> Self {
         let input = Input { buf: vec![0; AHEAD].into(), start: 0, end: 0, over: false };
         let (workers, free) = (AtomicUsize::new(1), AtomicUsize::new(0));
-        Self { core, export, agreed, stream, input: Mutex::new(input), output: Mutex::default(), workers, free }
+        // One worker more, who listens.
+        let queue = || {
+            Aio::new(FLIGHTS, false).inspect_err(|e| {
+                core.exports.dismiss();
+                log::warn!("export {} is read by waiting threads: {e}", export.spec.name);
+            })
+        };
+        let direct = export.disk.overlay().filter(|_| core.exports.may_hire()).and_then(|_| queue().ok());
+        let (input, output) = (Mutex::new(input), Mutex::default());
+        Self { core, export, agreed, stream, input, output, workers, free, direct }
     }
 
     /// Serves on the calling thread, the first worker. The last of them to end calls `over`.
     pub(super) fn serve(self: &Arc<Self>, over: impl FnOnce() + Clone + Send + 'static) {
+        if let Err(e) = self.start_listening(&over) {
+            return self.give_up(&e, over);
+        }
+        self.serve_on(over);
+    }
+
+    fn serve_on(self: &Arc<Self>, over: impl FnOnce() + Clone + Send + 'static) {
         self.work(&over);
+        self.leave(over);
+    }
+
+    fn leave(&self, over: impl FnOnce()) {
         if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 {
             over();
         }
     }
 
+    fn give_up(&self, why: &io::Error, over: impl FnOnce()) {
+        self.core.exports.dismiss();
+        self.hang_up(why);
+        self.leave(over);
+    }
+
+    /// Starts the worker who answers what the device has read.
+    fn start_listening(self: &Arc<Self>, over: &(impl FnOnce() + Clone + Send + 'static)) -> io::Result<()> {
+        if self.direct.is_none() {
+            return Ok(());
+        }
+        let (mine, theirs) = (self.clone(), over.clone());
+        self.workers.fetch_add(1, Ordering::AcqRel);
+        let spawned = std::thread::Builder::new().name("mirror-nbd".to_owned()).spawn(move || {
+            if let Some(direct) = &mine.direct
+                && let Err(e) = mine.listen(direct)
+            {
+                mine.hang_up(&e);
+            }
+            mine.core.exports.dismiss();
+            mine.leave(theirs);
+        });
+        if spawned.is_err() {
+            self.workers.fetch_sub(1, Ordering::AcqRel);
+        }
+        spawned.map(drop)
+    }
+
+    /// Answers what has landed until the connection is over.
+    fn listen(&self, direct: &Aio<Flight>) -> io::Result<()> {
+        let (mut landed, mut gathered, mut buf) = (Vec::new(), Gathered::default(), Buffer::default());
+        let mut sent = Ok(());
+        while direct.wait(&mut landed)? {
+            for read in &landed {
+                let Flight { request, began } = &read.ticket;
+                // What is in flight lands all the same once the client is gone.
+                if sent.is_ok() && read.whole {
+                    sent = gathered.data(self, request, read.bytes());
+                    self.export.disk.count_direct(&self.core, read.bytes().len(), *began);
+                } else if sent.is_ok() {
+                    sent = self.slow(request, &mut buf);
+                }
+                self.core.demand.leave();
+            }
+            direct.give_back(&mut landed);
+            sent = sent.and_then(|()| gathered.send(self));
+            if let Err(e) = &sent {
+                self.hang_up(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands reads taken on to the device.
+    fn kick(&self, buf: &mut Buffer) -> io::Result<()> {
+        let Some(direct) = &self.direct else { return Ok(()) };
+        for refused in direct.kick() {
+            self.core.demand.leave();
+            self.slow(&refused.request, buf)?;
+        }
+        Ok(())
+    }
+
+    /// Takes on a read that has to wait for the device alone; false: this one does not, or there is no room.
+    fn take_on(&self, request: &Request) -> bool {
+        let Some(direct) = &self.direct else { return false };
+        let len = request.len as usize;
+        let Some(layer) = self.export.disk.holds_directly(request.offset, len as u64) else { return false };
+        if is_cached(layer.data(), request.offset, len) {
+            return false;
+        }
+        self.core.demand.arrive();
+        let taken = direct.add(layer, request.offset, len, Flight { request: *request, began: Instant::now() });
+        taken.inspect_err(|_| self.core.demand.leave()).is_ok()
+    }
+
     fn work<F: FnOnce() + Clone + Send + 'static>(self: &Arc<Self>, over: &F) {
-        let (mut buf, mut gathered) = (Vec::new(), Gathered::default());
+        let (mut buf, mut gathered, mut spare) = (Buffer::default(), Gathered::default(), Buffer::default());
         loop {
             self.free.fetch_add(1, Ordering::AcqRel);
             let mut input = self.input.lock().expect("no leader panics");
@@ -148,7 +260,8 @@ impl Connection {
                 Ok(Some(request)) => {
                     self.follow(over);
                     drop(input);
-                    let served = gathered.send(self).and_then(|()| self.slow(&request, &mut buf));
+                    let kicked = gathered.send(self).and_then(|()| self.kick(&mut spare));
+                    let served = kicked.and_then(|()| self.slow(&request, &mut buf));
                     if let Err(e) = served {
                         self.hang_up(&e);
                     }
@@ -156,13 +269,17 @@ impl Connection {
                         return;
                     }
                     if buf.len() > PIECE / 4 {
-                        buf = Vec::new();
+                        buf = Buffer::default();
                     }
                 }
                 ended => {
                     input.over = true;
-                    if let Err(e) = ended.map(drop).and_then(|()| gathered.send(self)) {
+                    let kicked = ended.map(drop).and(self.kick(&mut spare));
+                    if let Err(e) = kicked.and_then(|()| gathered.send(self)) {
                         self.hang_up(&e);
+                    }
+                    if let Some(direct) = &self.direct {
+                        direct.close();
                     }
                     return;
                 }
@@ -172,10 +289,11 @@ impl Connection {
 
     /// Reads requests and answers those that are quick; returns one that is not, with its payload in `buf`, or none
     /// at the end of the connection.
-    fn lead(&self, input: &mut Input, buf: &mut Vec<u8>, gathered: &mut Gathered) -> io::Result<Option<Request>> {
+    fn lead(&self, input: &mut Input, buf: &mut Buffer, gathered: &mut Gathered) -> io::Result<Option<Request>> {
         loop {
             if !input.has_more() {
                 gathered.send(self)?;
+                self.kick(buf)?;
             }
             let Some(request) = input.next(&self.stream)?.filter(|r| r.command != cmd::DISC) else { return Ok(None) };
             if request.command == cmd::WRITE {
@@ -187,10 +305,11 @@ impl Connection {
                 }
                 if request.len as usize > PIECE {
                     gathered.send(self)?;
+                    self.kick(buf)?;
                     self.write_long(&request, input, buf)?;
                     continue;
                 }
-                grow(buf, request.len as usize);
+                buf.grow(request.len as usize);
                 input.payload(&self.stream, &mut buf[..request.len as usize])?;
             }
             let worth_sharing = request.len >= LONG && input.has_more();
@@ -210,7 +329,7 @@ impl Connection {
         self.workers.fetch_add(1, Ordering::AcqRel);
         let (mine, theirs) = (self.clone(), over.clone());
         let spawned = std::thread::Builder::new().name("mirror-nbd".to_owned()).spawn(move || {
-            mine.serve(theirs);
+            mine.serve_on(theirs);
             mine.core.exports.dismiss();
         });
         if let Err(e) = spawned {
@@ -255,7 +374,7 @@ impl Connection {
     }
 
     /// Answers a request that waits for nobody; false: it would wait.
-    fn quick(&self, request: &Request, buf: &mut Vec<u8>, gathered: &mut Gathered) -> io::Result<bool> {
+    fn quick(&self, request: &Request, buf: &mut Buffer, gathered: &mut Gathered) -> io::Result<bool> {
         if let Err(failure) = self.check(request) {
             gathered.refuse(self, request, &failure)?;
             return Ok(true);
@@ -265,7 +384,10 @@ impl Connection {
         let done = match request.command {
             cmd::READ if len <= PIECE => {
                 let _serving = self.core.demand.serve();
-                grow(buf, len);
+                if self.take_on(request) {
+                    return Ok(true);
+                }
+                buf.grow(len);
                 if !disk.read_now(&self.core, request.offset, &mut buf[..len]) {
                     return Ok(false);
                 }
@@ -292,7 +414,7 @@ impl Connection {
     }
 
     /// Answers any request; the payload of a write is in `buf`.
-    fn slow(&self, request: &Request, buf: &mut Vec<u8>) -> io::Result<()> {
+    fn slow(&self, request: &Request, buf: &mut Buffer) -> io::Result<()> {
         let mut out = Gathered::default();
         if let Err(failure) = self.check(request) {
             out.refuse(self, request, &failure)?;
@@ -325,9 +447,9 @@ impl Connection {
     }
 
     /// Reads in pieces, so that a long request needs no more memory than a short one.
-    fn read(&self, request: &Request, buf: &mut Vec<u8>) -> io::Result<()> {
+    fn read(&self, request: &Request, buf: &mut Buffer) -> io::Result<()> {
         let (len, mut done) = (request.len as usize, 0);
-        grow(buf, len.min(PIECE));
+        buf.grow(len.min(PIECE));
         // The pieces of a simple reply must not be divided by other replies.
         let mut whole = None;
         while done < len {
@@ -411,11 +533,11 @@ impl Connection {
     }
 
     /// Takes and writes a payload that is longer than a piece. After a failure the rest is taken all the same.
-    fn write_long(&self, request: &Request, input: &mut Input, buf: &mut Vec<u8>) -> io::Result<()> {
+    fn write_long(&self, request: &Request, input: &mut Input, buf: &mut Buffer) -> io::Result<()> {
         let mut outcome = self.check(request);
         let _serving = self.core.demand.serve();
         let (len, mut done) = (request.len as usize, 0);
-        grow(buf, PIECE);
+        buf.grow(PIECE);
         while done < len {
             let piece = &mut buf[..(len - done).min(PIECE)];
             input.payload(&self.stream, piece)?;
@@ -571,10 +693,4 @@ fn joined(extents: &[Extent], start: u64, flags: fn(&Extent) -> u32) -> Vec<(u32
         at = extent.end;
     }
     out
-}
-
-fn grow(buf: &mut Vec<u8>, len: usize) {
-    if buf.len() < len {
-        buf.resize(len, 0);
-    }
 }

@@ -1,7 +1,7 @@
 //! What an export serves: a disk of this mirror, or a version of the store as it is.
 
 use crate::core::Core;
-use crate::disk::{DiskError, Extent, Overlay, of_version};
+use crate::disk::{DiskError, Extent, Layer, Overlay, of_version};
 use crate::objects::ObjectError;
 use crate::stats::add;
 use base::ByteRange;
@@ -48,13 +48,23 @@ impl Disk {
         let began = Instant::now();
         let here = overlay.read_now(offset, buf);
         if here {
-            let counters = core.vms.known(&overlay.vm);
-            add(&counters.disk_reads, 1);
-            add(&counters.disk_read_bytes, buf.len() as u64);
-            add(&counters.disk_hits, 1);
-            counters.disk_read_latency.add(began.elapsed());
+            count_read(core, overlay, buf.len(), began);
         }
         here
+    }
+
+    /// The layer that a read past the page cache goes to; see [`Overlay::holds_directly`].
+    pub(super) fn holds_directly(&self, offset: u64, len: u64) -> Option<Arc<Layer>> {
+        match self {
+            Self::Overlay(overlay) => overlay.holds_directly(offset, len),
+            Self::Version { .. } => None,
+        }
+    }
+
+    /// Counts such a read.
+    pub(super) fn count_direct(&self, core: &Core, len: usize, began: Instant) {
+        let Self::Overlay(overlay) = self else { return };
+        count_read(core, overlay, len, began);
     }
 
     /// Reads; the caller keeps within the size.
@@ -141,4 +151,13 @@ impl Disk {
             Self::Version { .. } => Err(DiskError::Local(io::ErrorKind::ReadOnlyFilesystem.into())),
         }
     }
+}
+
+/// Counts a read for which the store was not asked.
+fn count_read(core: &Core, overlay: &Overlay, len: usize, began: Instant) {
+    let counters = core.vms.known(&overlay.vm);
+    add(&counters.disk_reads, 1);
+    add(&counters.disk_read_bytes, len as u64);
+    add(&counters.disk_hits, 1);
+    counters.disk_read_latency.add(began.elapsed());
 }

@@ -88,8 +88,11 @@ fn may_be(life: &Life, calls: usize, found: &Heads) -> bool {
     found == after && (calls == *len || before != after || found == before) || found == before && calls < *len
 }
 
-/// Opens what a crash left and looks at all of it; what is wrong.
-fn check(life: &Life, calls: usize, files: &BTreeMap<PathBuf, Vec<u8>>, from: &Path) -> Result<(), String> {
+/// The files that a crash left.
+type Files = BTreeMap<PathBuf, Vec<u8>>;
+
+/// Opens what a crash left in a directory of its own.
+fn opened(files: &Files, from: &Path) -> Result<(tempfile::TempDir, Store), String> {
     let scratch = scratch();
     let at = scratch.path();
     for folder in FOLDERS {
@@ -100,9 +103,15 @@ fn check(life: &Life, calls: usize, files: &BTreeMap<PathBuf, Vec<u8>>, from: &P
     }
     let store = Store::open(at, Mode::ReadWrite).map_err(|error| format!("it does not open: {error}"))?;
     let report = store.verify(&mut |_, _| {}).map_err(|error| error.to_string())?;
-    if let Some(first) = report.faults.first() {
-        return Err(format!("{} faults, the first: {first}", report.faults_total));
+    match report.faults.first() {
+        Some(first) => Err(format!("{} faults, the first: {first}", report.faults_total)),
+        None => Ok((scratch, store)),
     }
+}
+
+/// Opens what a crash left and looks at all of it; what is wrong.
+fn check(life: &Life, calls: usize, files: &Files, from: &Path) -> Result<(), String> {
+    let (scratch, store) = opened(files, from)?;
     let mut found = Heads::new();
     for head in store.heads("").map_err(|error| error.to_string())? {
         let (manifest, _) = store.head(&head).map_err(|error| error.to_string())?.ok_or("a head went")?;
@@ -121,6 +130,11 @@ fn check(life: &Life, calls: usize, files: &BTreeMap<PathBuf, Vec<u8>>, from: &P
     if read(&store, &version).map_err(|error| error.to_string())? != bytes {
         return Err("wrong bytes in what was written anew".to_owned());
     }
+    nothing_stays(&store, scratch.path())
+}
+
+/// Removes all heads: nothing may be left then.
+fn nothing_stays(store: &Store, at: &Path) -> Result<(), String> {
     for head in store.heads("").map_err(|error| error.to_string())? {
         store.delete_head(&head).map_err(|error| error.to_string())?;
     }
@@ -136,9 +150,14 @@ fn check(life: &Life, calls: usize, files: &BTreeMap<PathBuf, Vec<u8>>, from: &P
 
 /// Checks every state after each call, `mixed` of those in which any part arrived; how many there were.
 fn check_all(life: &Life, from: &Path, mixed: u64) -> Result<u64, String> {
+    check_states(&life.ops, mixed, &|calls, files| check(life, calls, files, from))
+}
+
+/// Has `check` look at every state that a crash after each of the calls may leave; how many there were.
+fn check_states(ops: &[Op], mixed: u64, check: &dyn Fn(usize, &Files) -> Result<(), String>) -> Result<u64, String> {
     let (mut disk, mut states) = (Disk::new(), 0);
-    for calls in 0..=life.ops.len() {
-        if let Some(op) = calls.checked_sub(1).map(|last| &life.ops[last]) {
+    for calls in 0..=ops.len() {
+        if let Some(op) = calls.checked_sub(1).map(|last| &ops[last]) {
             disk.step(op);
         }
         let mut fates = vec![Fate::Kept];
@@ -147,9 +166,9 @@ fn check_all(life: &Life, from: &Path, mixed: u64) -> Result<u64, String> {
             fates.extend((0..mixed).map(|n| Fate::Mixed(calls as u64 * 1000 + n)));
         }
         for fate in fates {
-            check(life, calls, &disk.crashed(fate), from).map_err(|what| {
-                let last = calls.checked_sub(1).map(|last| format!("{:.200?}", life.ops[last]));
-                format!("after {calls} of {} calls ({last:?}), {fate:?}: {what}", life.ops.len())
+            check(calls, &disk.crashed(fate)).map_err(|what| {
+                let last = calls.checked_sub(1).map(|last| format!("{:.200?}", ops[last]));
+                format!("after {calls} of {} calls ({last:?}), {fate:?}: {what}", ops.len())
             })?;
             states += 1;
         }
@@ -173,6 +192,86 @@ fn every_state_that_a_crash_of_the_machine_may_leave_is_a_sound_store() {
     assert!(life.ops.len() > 200, "{} calls", life.ops.len());
     let states = check_all(&life, dir.path(), if full { 24 } else { 3 }).unwrap_or_else(|what| panic!("{what}"));
     println!("{} calls, {states} states", life.ops.len());
+}
+
+/// All versions of all blobs, by name and number; `None`: deleted.
+type Blobs = BTreeMap<String, Vec<Option<Vec<u8>>>>;
+
+fn blobs_of(store: &Store) -> Result<Blobs, Error> {
+    let mut out = Blobs::new();
+    for name in store.blobs()? {
+        let blob = store.blob(&name)?;
+        let version = |entry: store::blob::LogEntry| match entry.deleted {
+            true => Ok(None),
+            false => read(store, &blob.version(entry.number)?.1).map(Some),
+        };
+        let versions = blob.log(0..u64::MAX)?.into_iter().map(version).collect::<Result<_, _>>()?;
+        out.insert(name, versions);
+    }
+    Ok(out)
+}
+
+/// Writes, appends, resizes, clones and deletes blobs, collects, and opens anew; the calls, and after each operation
+/// their number and what there was then.
+fn blob_life(dir: &Path, rounds: u64) -> (Vec<Op>, Vec<(usize, Blobs)>) {
+    let recorder = Recorder::of(dir);
+    let mut store = Store::open(dir, Mode::ReadWrite).unwrap();
+    let mut steps = vec![(recorder.len(), Blobs::new())];
+    let told = |store: &Store, steps: &mut Vec<(usize, Blobs)>| {
+        steps.push((recorder.len(), blobs_of(store).unwrap()));
+    };
+    for name in ["a", "b"] {
+        store.create_blob(name, 3000, 512).unwrap();
+        told(&store, &mut steps);
+    }
+    for round in 0..rounds {
+        let blob = store.blob(["a", "b"][round as usize % 2]).unwrap();
+        let bytes = &blocks(1, round)[..900];
+        match round % 4 {
+            0 => blob.write(700, bytes),
+            1 => blob.append(bytes),
+            2 => blob.resize(2000 + round * 300),
+            _ => blob.zero(base::ByteRange::new(100, 1900)),
+        }
+        .unwrap();
+        told(&store, &mut steps);
+        if round % 5 == 4 {
+            blob.delete_version(round / 4).unwrap();
+            told(&store, &mut steps);
+            blob.clone(store::blob::At::Latest, &format!("c{round}")).unwrap();
+            told(&store, &mut steps);
+        }
+        store.collect().unwrap();
+        if round % 6 == 5 {
+            drop(store);
+            store = Store::open(dir, Mode::ReadWrite).unwrap();
+        }
+        told(&store, &mut steps);
+    }
+    (recorder.ops(), steps)
+}
+
+#[test]
+fn every_state_that_a_crash_of_the_machine_may_leave_has_whole_versions_of_blobs() {
+    let full = std::env::var_os("OFFSHOOT_TEST_FULL").is_some();
+    let dir = scratch();
+    let (ops, steps) = blob_life(dir.path(), if full { 24 } else { 8 });
+    assert!(ops.len() > 100, "{} calls", ops.len());
+    let look = |calls: usize, files: &Files| {
+        let (scratch, store) = opened(files, dir.path())?;
+        let found = blobs_of(&store).map_err(|error| error.to_string())?;
+        // What was there when the last operation ended, or what the one under way makes of it.
+        let after = steps.iter().position(|(len, _)| *len >= calls).unwrap_or(steps.len() - 1);
+        let fits = found == steps[after].1 || calls < steps[after].0 && found == steps[after.max(1) - 1].1;
+        if !fits {
+            return Err("these blobs were never there then".to_owned());
+        }
+        let blob = store.create_blob("new", 5000, 512).map_err(|error| error.to_string())?;
+        blob.write(1, b"it goes on").map_err(|error| error.to_string())?;
+        nothing_stays(&store, scratch.path())
+    };
+    let states = check_states(&ops, if full { 16 } else { 2 }, &look).unwrap_or_else(|what| panic!("{what}"));
+    println!("{} calls, {states} states", ops.len());
 }
 
 /// The same life with one kind of call left out must not pass: each is needed, and the check notices.

@@ -1,0 +1,68 @@
+//! Offshoots of a snapshot teach the next ones what to fetch ahead.
+
+mod common;
+
+use bench::Outcome;
+use bench::guest::Guest;
+use common::{MINUTES, TestHost, eventually, host, ready};
+use serde_json::Value;
+use std::time::Duration;
+
+const MEMORY: u64 = 256 << 20;
+
+/// What the mirror counted for a VM, and what was fetched ahead for its template.
+fn counted(host: &TestHost, guest: &Guest) -> Outcome<(u64, Option<Value>)> {
+    let stats: api::VmStats = host.client.get(&format!("/v1/vms/{}/stats", guest.name))?;
+    Ok((stats.mirror["ram_faults"].as_u64().ok_or("the mirror counts faults")?, stats.prefetch))
+}
+
+/// Starts an offshoot with nothing of the snapshot in memory, has its server answer, and counts the faults until then.
+fn offshoot(host: &TestHost, name: &str, policy: &str) -> Outcome<(u64, Option<Value>)> {
+    std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let guest = host.restore_ahead(name, "web@1", Some(policy), None)?;
+    ready(&guest)?;
+    let counted = counted(host, &guest)?;
+    // So that the next one finds nothing of it in memory.
+    host.command(&["rm", "--force", name])?;
+    Ok(counted)
+}
+
+#[test]
+fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
+    let host = host("foresight");
+    let guest = host.booted("web", MEMORY)?;
+    host.command(&["snapshot", "web", "--tag", "1"])?;
+    host.command(&["rm", "--force", "web"])?;
+    drop(guest);
+
+    let refused = |words: &[&str], why: &str| {
+        let error = host.command(words).unwrap_err().to_string();
+        assert!(error.contains(why), "{words:?}: {error}");
+    };
+    refused(&["run", "--from", "web@1", "--prefetch", "magic"], "not a prefetch policy");
+    refused(&["run", "--from", "web@1", "--eager", "7"], "from 0 to 1");
+    refused(&["run", "debian", "--prefetch", "auto"], "--from");
+
+    let (alone, none) = offshoot(&host, "cold", "none")?;
+    assert!(none.is_none(), "nothing is fetched ahead: {none:?}");
+
+    // One that lives until it has taught something.
+    let teacher = host.restore_ahead("teacher", "web@1", Some("none"), None)?;
+    ready(&teacher)?;
+    eventually("the profile is learnt", || {
+        teacher.await_response(None, MINUTES)?;
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains("touched in 1 recordings"))
+    })?;
+    host.command(&["rm", "--force", "teacher"])?;
+
+    let (faults, stream) = offshoot(&host, "taught", "twinkle:64,4")?;
+    let stream = stream.ok_or("something was fetched ahead")?;
+    assert!(stream["fetched_bytes"].as_u64() > Some(1 << 20), "{stream}");
+    assert!(faults * 3 < alone, "{faults} faults with the working set at hand, {alone} without");
+
+    let (faults, stream) = offshoot(&host, "full", "all")?;
+    let fetched = stream.ok_or("all was fetched ahead")?["fetched_bytes"].as_u64();
+    assert!(faults <= alone && fetched > Some(MEMORY / 16), "{faults} faults, {fetched:?} bytes");
+    Ok(())
+}
