@@ -91,5 +91,5 @@ fn memory_that_is_no_guest_has_no_colors() {
         let coloring = color(&ram, Some(Cpu { cr3: 0x40_0000, cr4: 0 }), None).expect("only the host can fail");
         assert_eq!(coloring.counts()[Color::Free as usize], 0);
     };
-    bolero::check!().with_max_len(64).with_iterations(50).for_each(run);
+    bolero::check!().with_max_len(64).with_iterations(50).with_shrink_time(Duration::from_secs(5)).for_each(run);
 }

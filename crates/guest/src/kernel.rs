@@ -2,7 +2,7 @@
 //!
 //! Releases differ; what a kernel says of itself in its note is taken first, and a table by release fills in the rest.
 
-use crate::memory::Hint;
+use crate::memory::{Cpu, Hint};
 use crate::note::{self, Note};
 use crate::paging::Space;
 use crate::reader::{Reader, Stop};
@@ -189,8 +189,9 @@ pub(crate) struct Found {
 }
 
 impl Kernel {
-    /// Finds the kernel that runs in this memory: at the hint, else by a search for its note.
-    pub(crate) fn find(reader: &mut Reader, hint: Option<Hint>) -> Result<Found, Stop> {
+    /// Finds the kernel that runs in this memory: at the hint, else through a processor's tables, else by a search for
+    /// its note.
+    pub(crate) fn find(reader: &mut Reader, cpu: Option<Cpu>, hint: Option<Hint>) -> Result<Found, Stop> {
         if let Some(Hint { note }) = hint
             && let Ok(kernel) = Self::at(reader, note)
         {
@@ -198,7 +199,7 @@ impl Kernel {
         }
         let mut found = None;
         let mut refused = None;
-        note::candidates(reader, &mut |reader, note| match Self::at(reader, note) {
+        let mut attempt = |reader: &mut Reader, note| match Self::at(reader, note) {
             Ok(kernel) => {
                 found = Some(Found { kernel, note });
                 Ok(true)
@@ -208,7 +209,16 @@ impl Kernel {
                 refused.get_or_insert(stop);
                 Ok(false)
             }
-        })?;
+        };
+        let pointed = cpu.map_or(Ok(false), |cpu| note::pointed_to(reader, cpu, &mut attempt));
+        if let Err(Stop::Host(error)) = pointed {
+            return Err(Stop::Host(error));
+        }
+        // What a processor's tables lead to is no reason not to search.
+        reader.refill();
+        if !pointed.unwrap_or(false) {
+            note::candidates(reader, &mut attempt)?;
+        }
         found.ok_or_else(|| refused.unwrap_or_else(|| Stop::Unfit("no VMCOREINFO is in its memory".into())))
     }
 
@@ -278,9 +288,11 @@ impl Kernel {
             return Err(Stop::Unfit("its page tables do not map its text where its VMCOREINFO says".into()));
         }
         // The release is the third of the fields of 65 bytes of `struct new_utsname`.
-        let name = note.symbol("init_uts_ns")?.wrapping_add(note.offset("uts_namespace.name")? as u64 + 130);
+        let names = note.symbol("init_uts_ns")?;
+        // Up to 5.10 notes do not say where the fields begin: behind a count of references of four bytes.
+        let begin = note.optional_offset("uts_namespace.name").map_or(4, |offset| offset as u64 & 0xffff);
         let mut release = vec![0; self.release.len().min(64)];
-        space.read(reader, name, &mut release)?;
+        space.read(reader, names.wrapping_add(begin + 130), &mut release)?;
         if release != self.release.as_bytes() {
             return Err(Stop::Unfit(format!("it is a leftover of Linux {}, which does not run here", self.release)));
         }

@@ -70,7 +70,7 @@ pub fn color(memory: &dyn Memory, cpu: Option<Cpu>, hint: Option<Hint>) -> Resul
 }
 
 fn linux(reader: &mut Reader, coloring: &mut Coloring, cpu: Option<Cpu>, hint: Option<Hint>) -> Result<(), Stop> {
-    let found = Kernel::find(reader, hint)?;
+    let found = Kernel::find(reader, cpu, hint)?;
     let kernel = &found.kernel;
     coloring.account.adopt(kernel, found.note);
     let survey = descriptors::survey(reader, kernel, coloring)?;

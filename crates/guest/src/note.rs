@@ -4,6 +4,8 @@
 //! padded to 12, and lines `KEY=value`. The kernel that ran here before a reboot may have left one too, and a process
 //! can forge as many as it likes, so what is found are candidates, which [`crate::kernel`] checks.
 
+use crate::memory::Cpu;
+use crate::paging::Space;
 use crate::reader::{Reader, Stop};
 use base::PAGE;
 
@@ -88,6 +90,77 @@ fn text_length(head: &[u8]) -> Option<usize> {
     let length = word(4) as usize;
     (word(0) == 11 && word(8) == 0 && &head[12..TEXT] == b"VMCOREINFO\0\0" && (1..=TEXT_MAX).contains(&length))
         .then_some(length)
+}
+
+/// Tries what the kernel's own variables point to: one of them points to the note. With a processor's page tables they
+/// are found without a search through all of memory. Returns whether `found` said so.
+pub(crate) fn pointed_to(
+    reader: &mut Reader,
+    cpu: Cpu,
+    found: &mut dyn FnMut(&mut Reader, u64) -> Result<bool, Stop>,
+) -> Result<bool, Stop> {
+    /// Where the image is mapped: 1 GiB at most, wherever in it address randomization put it.
+    const IMAGE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+    /// The kernel's half of addresses.
+    const HALF: u64 = 0xff00_0000_0000_0000;
+    /// No kernel's image is larger than that.
+    const BYTES_MAX: u64 = 128 << 20;
+    // A processor that runs a process under a kernel that hides itself stands on the second of a pair of roots.
+    let mut space = Space::new(cpu.cr3 & !0x1fff, cpu.levels());
+    if space.translate(reader, IMAGE.start).is_err_and(|stop| matches!(stop, Stop::Absent(_))) {
+        return Ok(false);
+    }
+    let mut buffer = vec![0; 2 << 20];
+    let (mut address, mut bytes, mut tried) = (IMAGE.start, 0, 0);
+    let mut last = 0;
+    while address < IMAGE.end && bytes < BYTES_MAX {
+        let (physical, run, write) = match space.entry(reader, address) {
+            Ok(entry) => entry,
+            Err(Stop::Unfit(_) | Stop::Absent(_)) => {
+                address += PAGE;
+                continue;
+            }
+            Err(stop) => return Err(stop),
+        };
+        let run = run.min(IMAGE.end - address).min(buffer.len() as u64);
+        address += run;
+        if !write {
+            continue;
+        }
+        bytes += run;
+        let buffer = &mut buffer[..run as usize];
+        match reader.read(physical, buffer) {
+            Ok(()) => {}
+            Err(Stop::Absent(_)) => continue,
+            Err(stop) => return Err(stop),
+        }
+        for word in buffer.as_chunks::<8>().0 {
+            let pointer = u64::from_le_bytes(*word);
+            if pointer & (PAGE - 1) != 0 || pointer & HALF != HALF || IMAGE.contains(&pointer) || pointer == last {
+                continue;
+            }
+            last = pointer;
+            let Some(at) = begins(reader, &mut space, pointer)? else { continue };
+            tried += 1;
+            if found(reader, at)? {
+                return Ok(true);
+            }
+            if tried == CANDIDATES_MAX {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// The physical address of a note that begins at a virtual one, where one does.
+fn begins(reader: &mut Reader, space: &mut Space, pointer: u64) -> Result<Option<u64>, Stop> {
+    let mut head = [0; TEXT];
+    match space.translate(reader, pointer).and_then(|(at, _)| reader.read(at, &mut head).map(|()| at)) {
+        Ok(at) => Ok(text_length(&head).map(|_| at)),
+        Err(Stop::Unfit(_) | Stop::Absent(_)) => Ok(None),
+        Err(stop) => Err(stop),
+    }
 }
 
 /// Tries pages that begin like a note, from the bottom of memory up: the kernel makes its note as it boots, soon after

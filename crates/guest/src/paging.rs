@@ -74,6 +74,11 @@ impl Space {
 
     /// The physical address behind a virtual one, and how many bytes from there on the same entry maps.
     pub(crate) fn translate(&mut self, reader: &mut Reader, address: u64) -> Result<(u64, u64), Stop> {
+        self.entry(reader, address).map(|(physical, run, _)| (physical, run))
+    }
+
+    /// The same, and whether the last entry allows writing.
+    pub(crate) fn entry(&mut self, reader: &mut Reader, address: u64) -> Result<(u64, u64, bool), Stop> {
         let mut at = self.root & ADDRESS;
         for level in (1..=self.levels).rev() {
             let recent = &mut self.recent[usize::from(level) - 1];
@@ -87,7 +92,8 @@ impl Space {
             }
             if level == 1 || (level <= 3 && entry & LARGE != 0) {
                 let inside = (1 << shift(level)) - 1;
-                return Ok(((entry & ADDRESS & !inside) | (address & inside), inside + 1 - (address & inside)));
+                let physical = (entry & ADDRESS & !inside) | (address & inside);
+                return Ok((physical, inside + 1 - (address & inside), entry & WRITE != 0));
             }
             at = entry & ADDRESS;
         }

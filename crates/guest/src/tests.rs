@@ -144,7 +144,8 @@ impl Linux {
             it.put(sections + section * 16, &(MEMMAP | 0x1f).to_le_bytes());
         }
         // The release, in the name space.
-        it.put(TEXT_AT + 4 * PAGE + 8 + 130, style.release.as_bytes());
+        let names = if style.release.starts_with("5.10") { 4 } else { 8 };
+        it.put(TEXT_AT + 4 * PAGE + names + 130, style.release.as_bytes());
         it.note = it.page();
         it.write_note(roots);
         for frame in (4 << 20) / PAGE..it.next / PAGE {
@@ -163,8 +164,9 @@ impl Linux {
             None => "OFFSET(page.compound_dtor)=16\nNUMBER(HUGETLB_PAGE_DTOR)=2\n",
             Some(_) => "",
         };
+        let names = if style.release.starts_with("5.10") { "" } else { "OFFSET(uts_namespace.name)=8\n" };
         let text = format!(
-            "OSRELEASE={}\nPAGESIZE=4096\nSYMBOL(init_uts_ns)={:x}\nOFFSET(uts_namespace.name)=8\nSYMBOL(_stext)={TEXT:x}\n\
+            "OSRELEASE={}\nPAGESIZE=4096\nSYMBOL(init_uts_ns)={:x}\n{names}SYMBOL(_stext)={TEXT:x}\n\
              SYMBOL(mem_section)={:x}\nLENGTH(mem_section)=2048\nSIZE(mem_section)=16\n\
              OFFSET(mem_section.section_mem_map)=0\nNUMBER(SECTION_SIZE_BITS)=27\nSIZE(page)=64\nOFFSET(page.flags)=0\n\
              OFFSET(page._refcount)=52\nOFFSET(page.mapping)=24\nOFFSET(page.lru)=8\nOFFSET(page._mapcount)=48\n\
@@ -281,6 +283,10 @@ impl Linux {
     /// A process: a root with the kernel's half, and pages of its own. Returns the root's frame and a last table's.
     pub(crate) fn process(&mut self, pages: &[(u64, u64)]) -> (u64, u64) {
         let root = self.page();
+        self.process_at(root, pages)
+    }
+
+    fn process_at(&mut self, root: u64, pages: &[(u64, u64)]) -> (u64, u64) {
         let kernel = Self::offset(self.root);
         let half = self.ram.bytes[kernel + 2048..kernel + 4096].to_vec();
         self.put(root + 2048, &half);
@@ -444,6 +450,21 @@ fn a_hint_spares_the_search_and_a_wrong_one_costs_it() {
 }
 
 #[test]
+fn a_processor_spares_the_search_too() {
+    let (mut guest, truth) = everything(STABLE);
+    let (note, cpu) = (guest.note, guest.cpu());
+    guest.put(TEXT_AT + 5 * PAGE + 0x128, &(DIRECT + note).to_le_bytes());
+    let whole = guest.color();
+    // A forged one before it leads nowhere, and is passed over.
+    guest.put(TEXT_AT + 5 * PAGE, &(DIRECT + FRAME * PAGE).to_le_bytes());
+    let quick = color(&guest.ram, Some(cpu), None).unwrap();
+    check(&quick, &truth, "with a processor");
+    assert_eq!(quick.account.hint, whole.account.hint);
+    assert!(quick.account.bytes_read < whole.account.bytes_read + 5 * PAGE, "{}", quick.account.bytes_read);
+    assert!(quick.account.notes.is_empty(), "{:?}", quick.account.notes);
+}
+
+#[test]
 fn the_note_of_a_kernel_that_ran_before_is_passed_over() {
     let (mut guest, truth) = everything(STABLE);
     let at = Linux::offset(guest.note);
@@ -557,4 +578,42 @@ fn tables_that_form_a_ring_end() {
     let coloring = guest.color();
     check(&coloring, &before, "a ring");
     assert_eq!(coloring.account.roots, 2);
+}
+
+#[test]
+fn a_kernel_that_hides_from_processes_keeps_two_roots_for_each() {
+    let (mut guest, _) = everything(STABLE);
+    while !guest.next.is_multiple_of(2 * PAGE) {
+        guest.page();
+    }
+    let (root, twin) = (guest.page(), guest.page());
+    guest.process_at(root, &[(FRAME + 0x10, 0)]);
+    let slot = root + (0x5555_0000_0000 >> 39) * 8;
+    let entry = guest.word(slot) | NO_EXECUTE;
+    guest.put(slot, &entry.to_le_bytes());
+    guest.describe(twin / PAGE, 0, u32::MAX, 0);
+    let truth = [(root / PAGE, Color::PageTable), (twin / PAGE, Color::PageTable), (FRAME + 0x10, Color::UserText)];
+    check(&guest.color(), &truth, "isolated");
+}
+
+#[test]
+fn a_large_page_is_as_many_small_ones() {
+    let (mut guest, _) = everything(STABLE);
+    // The last 2 MiB of low memory: a transparent huge page that is executed.
+    let first = (LOW - (2 << 20)) / PAGE;
+    guest.lru(first, 0xffff_8a80_0123_4561, SWAPBACKED | 1 << STABLE.head);
+    for tail in 1..512 {
+        guest.field(first + tail, HEAD, MEMMAP + first * SIZE + 1);
+    }
+    let root = guest.page();
+    guest.process_at(root, &[(FRAME, 0)]);
+    // The entry above the last table is made a page itself.
+    let mut table = root;
+    let slot = |table: u64, level: u32| table + (0x5555_0000_0000u64 >> (3 + 9 * level) & 511) * 8;
+    for level in [4, 3] {
+        table = guest.word(slot(table, level)) & 0x000f_ffff_ffff_f000;
+    }
+    guest.put(slot(table, 2), &((first * PAGE) | PRESENT | WRITE | USER | 1 << 7).to_le_bytes());
+    let truth = [(first, Color::UserText), (first + 511, Color::UserText), (first - 1, Color::Unknown)];
+    check(&guest.color(), &truth, "large");
 }
