@@ -183,8 +183,8 @@ impl Scan<'_> {
         // The low bits say what the rest points to: anonymous memory, a driver that can move its pages, or with both
         // memory merged with equal pages.
         match (mapping & 3, flags & masks.lru != 0) {
-            (1 | 3, true) => Color::UserData as u8,
-            (1 | 3, false) if counted => Color::UserData as u8,
+            // Off the lists, even with nobody counted, it is being moved or merged: freed pages have no mapping.
+            (1 | 3, _) => Color::UserData as u8,
             (0, true) => file,
             (0, false) if counted && mapping != 0 => file,
             _ if counted => {

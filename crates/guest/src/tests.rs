@@ -330,6 +330,8 @@ pub(crate) fn everything(style: Style) -> (Linux, Vec<(u64, Color)>) {
     it.describe(FRAME + 0x16, 0, u32::MAX, 2);
     it.field(FRAME + 0x16, MAPPING, file);
     it.lru(FRAME + 0x17, anonymous | 3, SWAPBACKED);
+    it.describe(FRAME + 0x19, SWAPBACKED, u32::MAX, 0);
+    it.field(FRAME + 0x19, MAPPING, anonymous);
     it.describe(FRAME + 0x18, 0, u32::MAX, 1);
     it.field(FRAME + 0x18, MAPPING, file | 2);
     let head = 1 << style.head;
@@ -375,6 +377,7 @@ pub(crate) fn everything(style: Style) -> (Linux, Vec<(u64, Color)>) {
         (FRAME + 0x16, Color::PageCache),
         (FRAME + 0x17, Color::UserData),
         (FRAME + 0x18, Color::KernelData),
+        (FRAME + 0x19, Color::UserData),
         (FRAME + 0x20, Color::Slab),
         (FRAME + 0x23, Color::Slab),
         (FRAME + 0x24, Color::UserData),
