@@ -4,6 +4,7 @@
 //! Nothing here reaches into the product: VMs are made through the HTTP API or the command line, and looked at
 //! through their published ports and their consoles.
 
+pub mod colors;
 pub mod demo;
 pub mod fork;
 pub mod frames;

@@ -9,7 +9,8 @@ fn main() -> ExitCode {
         Some("demo") => demo(),
         Some("fork") => fork(),
         Some("store") => store(&words[1..]),
-        _ => Err("usage: offshoot-bench demo|fork|store [PART…]".into()),
+        Some("prefetch") => prefetch(&words[1..]),
+        _ => Err("usage: offshoot-bench demo|fork|store|prefetch [PART…]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -34,6 +35,12 @@ fn fork() -> bench::Outcome {
 fn store(parts: &[String]) -> bench::Outcome {
     let target = bench::build_directory();
     bench::stores::run(&program()?, &home("bench-store"), &target.join("bench/store.json"), parts)
+}
+
+fn prefetch(parts: &[String]) -> bench::Outcome {
+    let target = bench::build_directory();
+    let figures = bench::colors::matrix::run(&target.join("colors"), &target.join("bench/colors.md"), parts)?;
+    bench::report::write(&target.join("bench/prefetch.json"), &figures)
 }
 
 /// Where a run keeps its home: beside what it builds, unless sockets below so long a path have no room for their

@@ -7,7 +7,7 @@
 use super::Page;
 use base::units::human;
 use std::collections::HashMap;
-use thiserror::Error;
+use std::fmt;
 
 /// Recordings that a profile remembers: a bit of `Entry::recent` each.
 pub(super) const RECORDINGS: u32 = u32::BITS;
@@ -50,15 +50,24 @@ pub struct Profile {
 }
 
 /// Why bytes are no profile.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProfileError {
     /// Not written by [`Profile::encode`], or by a later release.
-    #[error("not an access profile that this release knows")]
     Unknown,
     /// It ends early, goes on behind its end, or contradicts itself.
-    #[error("the access profile is damaged at byte {0}")]
     Damaged(usize),
 }
+
+impl fmt::Display for ProfileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("not an access profile that this release knows"),
+            Self::Damaged(at) => write!(f, "the access profile is damaged at byte {at}"),
+        }
+    }
+}
+
+impl std::error::Error for ProfileError {}
 
 /// The time until which a working set is tracked, found as Twinkle does: the window is doubled until that adds less
 /// than a tenth. `touched_ms` ascends. `None`: it has not settled within what was seen.

@@ -22,25 +22,23 @@ pub struct Traits {
     pub prior: f32,
 }
 
-/// By color, as [`crate::plan`] numbers them: 0 unknown, 1 free, 2 zero, 3 kernel text, 4 kernel data, 5 slab, 6 page
-/// table, 7 page cache, 8 user text, 9 user data, 10 device.
+/// By color, as [`Color`] numbers them.
 #[must_use]
 pub fn traits() -> [Traits; COLORS] {
     let of = |window, executable, prior| Traits { window, executable, prior };
     let mut out = [of(8, false, 0.1); COLORS];
-    for (color, traits) in [
-        (1, of(0, false, 0.0)),
-        (2, of(0, false, 0.0)),
-        (3, of(8, true, 0.4)),
-        (4, of(16, false, 0.3)),
-        (5, of(16, false, 0.25)),
-        (6, of(16, false, 0.3)),
-        (7, of(8, false, 0.03)),
-        (8, of(8, true, 0.2)),
-        (9, of(16, false, 0.2)),
-        (10, of(0, false, 0.0)),
-    ] {
-        out[color] = traits;
+    for color in Color::ALL {
+        out[color as usize] = match color {
+            Color::Free | Color::Zero | Color::Device => of(0, false, 0.0),
+            Color::KernelText => of(8, true, 0.4),
+            Color::KernelData => of(16, false, 0.3),
+            Color::Slab => of(16, false, 0.25),
+            Color::PageTable => of(16, false, 0.3),
+            Color::PageCache => of(8, false, 0.03),
+            Color::UserText => of(8, true, 0.2),
+            Color::UserData => of(16, false, 0.2),
+            Color::Unknown => of(8, false, 0.1),
+        };
     }
     out
 }
