@@ -191,7 +191,10 @@ fn from_a_directory_to_s3_and_to_another_directory() {
 }
 
 /// Everything that is to be seen of a blob: the bytes of each version, its log and its tags.
-fn all_of(store: &Store, name: &str) -> (Vec<Option<Vec<u8>>>, Vec<LogEntry>, BTreeMap<String, u64>) {
+/// Every version's bytes, none of those deleted; the log; the tags.
+type All = (Vec<Option<Vec<u8>>>, Vec<LogEntry>, BTreeMap<String, u64>);
+
+fn all_of(store: &Store, name: &str) -> All {
     let blob = store.blob(name).unwrap();
     let log = blob.log(0..u64::MAX).unwrap();
     let bytes = |entry: &LogEntry| {

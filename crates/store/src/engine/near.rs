@@ -4,8 +4,9 @@
 //! what the daemon wrote a moment ago. This directory stands under both caches and over the slow engine: packs are
 //! laid in it while they are uploaded, indexes when they are written or first read, and whoever opens one takes it
 //! from here, so that nothing that this node made travels twice. Files are whole once they have their name, never
-//! change, and may go at any time: what is not here is asked for below. Nothing here is made durable or trusted:
-//! readers check what they read, and drop ([`Object::distrust`]) what is not as it should be.
+//! change, and may go at any time: what is not here is asked for below. Nothing here is made durable, so what an
+//! earlier boot left, which a power loss may have torn, is removed; nor is it trusted: readers check what they read,
+//! and drop ([`Object::distrust`]) what is not as it should be.
 //!
 //! Only for stores whose packs and indexes never change once they are visible, as shared ones.
 
@@ -46,7 +47,21 @@ impl Near {
     /// # Errors
     /// The directory cannot be made.
     pub fn open(origin: Arc<dyn Engine>, dir: &Path, bytes: u64) -> io::Result<Self> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Self::open_in_boot(origin, dir, bytes, boot.trim())
+    }
+
+    fn open_in_boot(origin: Arc<dyn Engine>, dir: &Path, bytes: u64, boot: &str) -> io::Result<Self> {
+        let (root, dir) = (dir, &dir.join(boot));
         fs::create_dir_all(dir)?;
+        for entry in fs::read_dir(root)? {
+            let path = entry?.path();
+            // The other process of the node may be at the same.
+            match if path == *dir { Ok(()) } else { fs::remove_dir_all(path) } {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
         let shelf = Shelf { dir: dir.to_owned(), bytes, next: AtomicU64::default(), taken: AtomicU64::default() };
         Ok(Self { origin, shelf: Arc::new(shelf) })
     }
@@ -369,3 +384,6 @@ impl Engine for Near {
         self.origin.health()
     }
 }
+
+#[cfg(test)]
+mod tests;
