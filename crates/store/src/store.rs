@@ -560,13 +560,13 @@ fn load_key(engine: &dyn Engine, mode: Mode) -> Result<([u8; 32], u32), Error> {
     if mode == Mode::ReadOnly {
         return Err(not_a_store("it has no key file"));
     }
+    // Nothing is written before that. It comes before the lists, too: some servers make a bucket with the first put.
+    prove(engine)?;
     let packs = engine.list("packs").map_err(|error| Error::io("list", "packs", error))?;
     let heads = engine.heads().map_err(|error| Error::io("list", "heads", error))?;
     if !packs.is_empty() || !heads.is_empty() {
         return Err(not_a_store("its key file is missing, without which nothing in it can be checked; restore it"));
     }
-    // Nothing is written before that.
-    prove(engine)?;
     let key = random_bytes().map_err(|error| Error::io("read", "/dev/urandom", error))?;
     if engine.put_new("key", &encode_key(&key, FORMAT)).map_err(|error| Error::io("write", "key", error))? {
         return Ok((key, FORMAT));

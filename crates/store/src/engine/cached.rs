@@ -45,7 +45,7 @@ use std::time::{Duration, Instant};
 /// Bytes fetched at once at most.
 pub const RUN_BYTES: usize = 1 << 20;
 /// The size of a chunk where the options leave it open (measured by `examples/cache_chunks`).
-pub const CHUNK_BYTES: u32 = 256 << 10;
+pub const CHUNK_BYTES: u32 = 64 << 10;
 const CHUNK_BYTES_MIN: u32 = 64 << 10;
 const CHUNK_BYTES_MAX: u32 = 1 << 20;
 /// More chunks than this get twice the size, so that the index of 1 TiB takes less than 100 MB.

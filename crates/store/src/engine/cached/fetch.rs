@@ -7,7 +7,7 @@ use crate::engine::Object;
 use crate::pack::PackId;
 use base::ByteRange;
 use std::io;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -16,6 +16,8 @@ const LOOKS_MAX: usize = 4;
 /// A disk that was full is tried again after so many chunks, with so many more.
 const FULL_TRY_AFTER: u64 = 256;
 const FULL_TRY_MORE: usize = 16;
+/// Readers of a pack that are told apart.
+const STREAMS: usize = 4;
 
 /// A pack open for reading.
 pub(super) struct OpenPack {
@@ -25,6 +27,36 @@ pub(super) struct OpenPack {
     /// Its size once known; a pack has never 0 bytes.
     size: AtomicU64,
     below: Mutex<Option<Arc<dyn Object>>>,
+    streams: Mutex<Streams>,
+}
+
+/// Readers that go through a pack in order. What they miss is fetched together with what they will want next, twice as
+/// much each time, so that one who reads everything needs few requests, and one who reads here and there gets no more
+/// than he asks for.
+#[derive(Default)]
+struct Streams {
+    /// The chunk that each will want next, and the chunks fetched ahead of it last time.
+    last: [(u16, u16); STREAMS],
+    oldest: usize,
+}
+
+impl Streams {
+    /// A reader wants these chunks; says how many behind them to fetch along with a missing one, at most `most`.
+    fn ahead(&mut self, wanted: &RangeInclusive<u16>, most: u16) -> u16 {
+        let next = wanted.end().saturating_add(1);
+        let goes_on = |(expected, _): &&mut (u16, u16)| *expected == *wanted.start() || *expected == wanted.start() + 1;
+        if let Some((expected, ahead)) = self.last.iter_mut().find(goes_on) {
+            // Within one chunk nothing is learnt.
+            if next > *expected {
+                *ahead = (*ahead * 2 + 1).min(most);
+            }
+            *expected = next;
+            return *ahead;
+        }
+        self.last[self.oldest] = (next, 0);
+        self.oldest = (self.oldest + 1) % STREAMS;
+        0
+    }
 }
 
 /// Bytes of a run of chunks that were fetched.
@@ -98,7 +130,14 @@ struct Findings<'a> {
 
 impl OpenPack {
     pub(super) fn new(shared: Arc<Shared>, name: &str, id: PackId) -> Self {
-        Self { shared, name: name.to_owned(), id, size: AtomicU64::new(0), below: Mutex::default() }
+        Self {
+            shared,
+            name: name.to_owned(),
+            id,
+            size: AtomicU64::new(0),
+            below: Mutex::default(),
+            streams: Mutex::default(),
+        }
     }
 
     fn below(&self) -> io::Result<Arc<dyn Object>> {
@@ -172,7 +211,7 @@ impl OpenPack {
             if !may_go_on() {
                 return Ok(());
             }
-            for duty in self.shared.find(self.id, run, false).duties {
+            for duty in self.shared.find(self.id, run, false, 0).duties {
                 let fetched = self.fulfil(duty, size)?;
                 count(&self.shared.counters.prefetched_bytes, fetched.len as u64);
             }
@@ -212,10 +251,15 @@ impl Object for OpenPack {
             return self.fetch(offset..end, buf);
         };
         let mut todo: Vec<u16> = numbers.collect();
+        let (first, last) = (todo[0], todo[todo.len() - 1]);
+        let in_pack = (size.div_ceil(shared.chunk as u64) - 1 - u64::from(last)) as u16;
+        let most = in_pack.min((RUN_BYTES / shared.chunk) as u16);
+        let ahead = self.streams.lock().expect("no panic while streams are locked").ahead(&(first..=last), most);
         for look in 0..LOOKS_MAX {
-            let found = shared.find(self.id, &todo, true);
+            let found = shared.find(self.id, &todo, true, ahead.min(most));
             if look == 0 {
-                let missed: usize = found.duties.iter().map(|duty| duty.numbers.len()).sum();
+                let missed: usize =
+                    found.duties.iter().map(|duty| duty.numbers.clone().filter(|n| *n <= last).count()).sum();
                 count(&shared.counters.misses, missed as u64);
                 count(&shared.counters.hits, (todo.len() - missed) as u64);
             }
@@ -225,7 +269,7 @@ impl Object for OpenPack {
                 let _demand = shared.queue.demand();
                 let numbers = duty.numbers.clone();
                 let fetched = self.fulfil(duty, size)?;
-                numbers.for_each(|number| fetched.copy(number, shared.chunk, offset, buf));
+                numbers.filter(|n| *n <= last).for_each(|number| fetched.copy(number, shared.chunk, offset, buf));
             }
             for (number, slot) in found.here {
                 let (at, part) = part(buf, offset, number, shared.chunk);
@@ -274,8 +318,9 @@ impl Object for OpenPack {
 }
 
 impl Shared {
-    /// Sorts chunks into what is here, what is coming, and what the caller has the duty to fetch.
-    fn find(&self, pack: PackId, numbers: &[u16], used: bool) -> Findings<'_> {
+    /// Sorts chunks into what is here, what is coming, and what the caller has the duty to fetch; where the last one is
+    /// missing, with up to `ahead` missing ones behind it.
+    fn find(&self, pack: PackId, numbers: &[u16], used: bool, ahead: u16) -> Findings<'_> {
         let mut out = Findings::default();
         let mut missing: Vec<Range<u16>> = Vec::new();
         let mut state = self.state();
@@ -293,6 +338,16 @@ impl Shared {
                     _ => missing.push(number..number.saturating_add(1)),
                 }
             }
+        }
+        if let (Some(run), Some(last)) = (missing.last_mut(), numbers.last())
+            && run.end == last.saturating_add(1)
+        {
+            let until = run.end.saturating_add(ahead).min(run.start.saturating_add((RUN_BYTES / self.chunk) as u16));
+            let absent = |number: u16| {
+                let key = Key { pack, number };
+                state.index.find(&key).is_none() && !state.flights.contains_key(&key)
+            };
+            run.end = (run.end..until).find(|number| !absent(*number)).unwrap_or(until.max(run.end));
         }
         for numbers in missing {
             let flight = Arc::<Flight>::default();
