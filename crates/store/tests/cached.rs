@@ -95,6 +95,37 @@ fn neighbours_come_in_one_fetch_and_nothing_comes_twice() {
 }
 
 #[test]
+fn who_reads_in_order_needs_few_requests_and_who_jumps_gets_no_more_than_asked() {
+    let chunks = 200_u64;
+    let (below, bytes) = one_pack((chunks * CHUNK) as usize);
+    let dir = tempfile::tempdir().unwrap();
+    let cached = open(&below, dir.path(), 64 << 20);
+    let object = cached.open(PACK).unwrap();
+    let check = |offset: u64| {
+        let mut out = [0; 1000];
+        object.read_at(offset, &mut out).unwrap();
+        assert_same(&out, &bytes[offset as usize..][..1000]);
+    };
+    for jump in [190, 7, 150, 90, 30] {
+        check(jump * CHUNK + 77);
+    }
+    assert_eq!((below.control.reads(), cached.stats().fetched_bytes), (5, 5 * CHUNK));
+    // Two readers side by side, within what nobody has read.
+    for step in (0..40 * CHUNK).step_by(10_000) {
+        check(32 * CHUNK + step);
+        check(100 * CHUNK + step);
+    }
+    let requests = below.control.reads() - 5;
+    assert!(requests <= 2 * 7, "{requests} requests for twice 40 chunks in order");
+    let ahead = cached.stats().fetched_bytes - 5 * CHUNK;
+    assert!(ahead <= 2 * (40 + 16) * CHUNK, "{ahead} bytes fetched for {}", 80 * CHUNK);
+    // To the very end, and no further.
+    for step in (0..10 * CHUNK).step_by(10_000) {
+        check((chunks - 10) * CHUNK + step.min(10 * CHUNK - 1000));
+    }
+}
+
+#[test]
 fn stays_within_its_bound_on_the_disk() {
     let (below, bytes) = one_pack(200 * CHUNK as usize);
     let dir = tempfile::tempdir().unwrap();

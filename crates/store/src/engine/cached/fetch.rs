@@ -36,7 +36,7 @@ pub(super) struct OpenPack {
 #[derive(Default)]
 struct Streams {
     /// The chunk that each will want next, and the chunks fetched ahead of it last time.
-    last: [(u16, u16); STREAMS],
+    last: [Option<(u16, u16)>; STREAMS],
     oldest: usize,
 }
 
@@ -44,8 +44,9 @@ impl Streams {
     /// A reader wants these chunks; says how many behind them to fetch along with a missing one, at most `most`.
     fn ahead(&mut self, wanted: &RangeInclusive<u16>, most: u16) -> u16 {
         let next = wanted.end().saturating_add(1);
-        let goes_on = |(expected, _): &&mut (u16, u16)| *expected == *wanted.start() || *expected == wanted.start() + 1;
-        if let Some((expected, ahead)) = self.last.iter_mut().find(goes_on) {
+        // The chunk that it left off in, or the one behind that.
+        let goes_on = |(expected, _): &&mut (u16, u16)| [0, 1].contains(&expected.wrapping_sub(*wanted.start()));
+        if let Some((expected, ahead)) = self.last.iter_mut().flatten().find(goes_on) {
             // Within one chunk nothing is learnt.
             if next > *expected {
                 *ahead = (*ahead * 2 + 1).min(most);
@@ -53,7 +54,7 @@ impl Streams {
             *expected = next;
             return *ahead;
         }
-        self.last[self.oldest] = (next, 0);
+        self.last[self.oldest] = Some((next, 0));
         self.oldest = (self.oldest + 1) % STREAMS;
         0
     }
