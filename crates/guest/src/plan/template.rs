@@ -3,6 +3,7 @@
 use super::Page;
 use super::profile::{self, Profile, ProfileError};
 use super::space::Space;
+use crate::Color;
 use base::Bitmap;
 
 /// Colors that a plan can tell apart.
