@@ -135,7 +135,7 @@ fn a_fault_brings_its_neighbours_in_color_space_and_only_those() {
 #[test]
 fn a_walk_through_all_pages_waits_for_few_of_them_under_auto() {
     let mut scene = scene();
-    scene.mirror.put_version("slow", b"300");
+    scene.mirror.put_version("slow", b"1000");
     let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
     scene.foresee(&mapping, "auto", Profile::default());
     for page in 0..PAGES {

@@ -48,6 +48,10 @@ pub const RUN_BYTES: usize = 1 << 20;
 pub const CHUNK_BYTES: u32 = 64 << 10;
 const CHUNK_BYTES_MIN: u32 = 64 << 10;
 const CHUNK_BYTES_MAX: u32 = 1 << 20;
+/// How long a directory may be in use before that is an error: its last owner may just be ending, and what a process
+/// starts holds its files for the moment until it is another program.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// More chunks than this get twice the size, so that the index of 1 TiB takes less than 100 MB.
 const SLOTS_MAX: u64 = 1 << 21;
 /// Small objects take an eighth of the bound, and no more than this.
@@ -234,7 +238,12 @@ impl Cached {
         let chunk = options.chunk()?;
         fs::create_dir_all(dir)?;
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(dir.join("lock"))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let began = Instant::now();
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if began.elapsed() < LOCK_WAIT {
+                std::thread::sleep(LOCK_PAUSE);
+                continue;
+            }
             let what = format!("the cache directory {} is in use by another process; choose another", dir.display());
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
         }
