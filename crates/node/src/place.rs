@@ -31,8 +31,9 @@ use store::{Expect, Manifest, Mode, Store};
 const CACHE_DEFAULT: std::ops::RangeInclusive<u64> = 1 << 30..=100 << 30;
 /// The least a cache may have.
 pub const CACHE_MIN: u64 = 64 << 20;
-/// The number of a node: 31 bits, so that ids stay below 2^63.
-const NUMBER_MAX: u32 = 0x7fff_ffff;
+/// The number of a node: 30 bits, so that ids stay below those that the mirror gives to files of the tree of blobs, which
+/// begin at 2^62.
+const NUMBER_MAX: u32 = 0x3fff_ffff;
 
 /// What a home knows of its shared store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
