@@ -166,7 +166,9 @@ impl Node {
         std::fs::write(&device, device_state).map_err(Error::io("write", &device))?;
         let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
         let disks = disks.iter().map(ToString::to_string).collect();
-        let ahead = Ahead::prepare(&self.shared, (from, &meta), &start, &dir, wanted);
+        // Where nobody asks for it and nothing is far away, a VM is not even watched.
+        let asked = request.prefetch.is_some() || self.shared.is_shared();
+        let ahead = asked.then(|| Ahead::prepare(&self.shared, (from, &meta), &start, &dir, wanted));
         Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks, ahead }))
     }
 

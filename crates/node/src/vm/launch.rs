@@ -38,7 +38,7 @@ pub enum Source {
         /// Versions of its disks.
         disks: Vec<String>,
         /// What is fetched ahead.
-        ahead: Ahead,
+        ahead: Option<Ahead>,
     },
 }
 
@@ -176,7 +176,7 @@ pub(super) fn launch(
         qemu.load(state.as_fd())?;
     }
     laps.lap("load");
-    if let Source::Snapshot { ahead, .. } = source {
+    if let Source::Snapshot { ahead: Some(ahead), .. } = source {
         look_ahead(shared, record, ahead, &map, &mut qemu);
         laps.lap("ahead");
     }
