@@ -3,7 +3,7 @@ use crate::engine::Memory;
 
 #[test]
 fn the_index_of_a_tebibyte_takes_less_than_a_hundred_megabytes() {
-    for (bytes, chunk) in [(1 << 30, 256 << 10), (1 << 39, 256 << 10), (1 << 40, 512 << 10), (1 << 42, 1 << 20)] {
+    for (bytes, chunk) in [(1 << 30, 64 << 10), (1 << 39, 256 << 10), (1 << 40, 512 << 10), (1 << 42, 1 << 20)] {
         assert_eq!(CacheOptions::new(bytes).chunk().unwrap(), chunk, "{bytes}");
     }
     let options = CacheOptions::new(1 << 40);
