@@ -5,6 +5,7 @@
 //! reaches the store behind the guests' backs ([`commit`]).
 
 mod blobs;
+mod colors;
 mod commit;
 pub mod doctor;
 mod error;
