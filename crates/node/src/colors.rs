@@ -219,3 +219,22 @@ pub(crate) fn of_manifest(shared: &Shared, name: &str, manifest: &Manifest) -> R
 pub(crate) fn tell(coloring: &Coloring) -> bool {
     coloring.account.basis != Basis::Nothing
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_runs_that_are_long_need_no_file_and_short_ones_no_mapping() {
+        let pages = |start: u64, end: u64| ByteRange::new(start * PAGE, end * PAGE);
+        let mut map = RamMap::zero(256 * PAGE);
+        map.set(pages(0, 200), Source::File(RamFileId(7)));
+        let free = vec![pages(10, 25), pages(30, 46), pages(100, 101), pages(190, 240)];
+        let kept = Kept { written: Vec::new(), zeroed: Vec::new(), free, dropped_bytes: 0 };
+        let found = RamMap::decode(&kept.map(&map.encode()).unwrap()).unwrap();
+        [pages(30, 46), pages(190, 200)].into_iter().for_each(|run| map.set(run, Source::Zero));
+        assert_eq!(found, map);
+        let nothing = Kept { free: Vec::new(), ..kept };
+        assert_eq!(nothing.map(&map.encode()).unwrap(), map.encode());
+    }
+}

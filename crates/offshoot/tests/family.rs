@@ -9,7 +9,10 @@ use bench::Outcome;
 use bench::guest::Guest;
 use bench::host::{PORTS, free_ports};
 use common::{MINUTES, TestHost, eventually};
-use std::path::Path;
+use std::fs::File;
+use std::hash::{Hash, Hasher};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -24,18 +27,20 @@ type Stage = fn(&TestHost) -> Outcome;
 #[test]
 fn copies_have_what_their_ancestors_had_and_nothing_else() {
     let host = common::host("family");
-    let stages: [(&str, Stage); 7] = [
+    let stages: [(&str, Stage); 8] = [
         ("isolation of parent, children and grandchildren", isolation),
         ("restore without the VM, its page cache or its daemon", restore),
         ("ten generations", ten_generations),
         ("successive forks of one VM", successive_forks),
         ("forks under load", forks_under_load),
+        ("freezes miss no write", freezes_miss_no_write),
         ("fork while the balloon is inflated", balloon_inflated),
         ("fork after the balloon was deflated", balloon_deflated),
     ];
     prepare(&host).unwrap_or_else(|error| panic!("the first guest: {error}"));
     let mut failed = Vec::new();
-    for (name, stage) in stages {
+    let only = std::env::var("X_ONLY").unwrap_or_default();
+    for (name, stage) in stages.into_iter().filter(|(n, _)| n.contains(&only)) {
         let began = Instant::now();
         let done = stage(&host).and_then(|()| host.command(&["rm", "--force", "--all"]).map(|_| ()));
         eprintln!("{name}: {:.0} s", began.elapsed().as_secs_f64());
@@ -254,6 +259,139 @@ fn forks_under_load(host: &TestHost) -> Outcome {
     let before = mark(&parent)?;
     eventually("the parent goes on writing", || Ok(mark(&parent)? > before))?;
     at_peace(host, &parent)
+}
+
+/// Freezes a guest that writes as hard as it can, again and again, and compares what its offshoots are given, page by
+/// page, with what the holder of each freeze has: first while the holder answers, then out of the store.
+fn freezes_miss_no_write(host: &TestHost) -> Outcome {
+    let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 40 } else { 6 };
+    let rounds = std::env::var("X_ROUNDS").map_or(rounds, |r| r.parse().unwrap());
+    let watch = std::env::var("X_WATCH").ok();
+    // Watched for what it touches, as where a store is far away.
+    let parent = host.restore_ahead("exact", "web@ready", watch.as_deref(), None)?;
+    parent.await_response(Some(NONCE), MINUTES)?;
+    shell(
+        host,
+        &parent,
+        "(while :; do head -c 8M /dev/urandom > /dev/shm/a; cp /dev/shm/a /root/b; ps aux | md5sum; sync; rm /root/b; \
+         done > /dev/null 2>&1 &)",
+    )?;
+    let mut compared = 0;
+    for round in 0..rounds {
+        let reply = host.client.post_long::<api::ForkReply>(
+            "/v1/vms/exact/fork",
+            &api::ForkRequest { count: 1, name_prefix: Some(format!("exact{round}-")), publish_base: None },
+            |_| {},
+        )?;
+        // A daemon that stands still ends no holder.
+        let daemon = Standing::still(host.daemon_pid()?);
+        let mut kept = Vec::new();
+        for entry in std::fs::read_dir(host.home.join("pending"))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "json") {
+                kept.push(serde_json::from_slice::<node::record::FreezeRecord>(&std::fs::read(path)?)?);
+            }
+        }
+        kept.sort_by_key(|record| record.id);
+        // It may have been stored already: then there is nothing to compare with.
+        let sums = match kept.last() {
+            Some(record) => Some((record.clone(), compare_with_holder(host, record)?)),
+            None => None,
+        };
+        drop(daemon);
+        host.settle("exact", MINUTES)?;
+        if let Some((record, sums)) = sums {
+            compared += 1;
+            compare_with_store(host, &record, &sums)?;
+        }
+        reply.offshoots.iter().try_for_each(|child| host.remove(&child.name))?;
+    }
+    if compared * 2 < rounds {
+        return Err(format!("only {compared} of {rounds} freezes could be compared").into());
+    }
+    at_peace(host, &parent)
+}
+
+/// A process that stands still until this is dropped.
+struct Standing(rustix::process::Pid);
+
+impl Standing {
+    fn still(pid: u32) -> Self {
+        let pid = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("it is ours");
+        Self(pid)
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        let _ = rustix::process::kill_process(self.0, rustix::process::Signal::CONT);
+    }
+}
+
+/// Bytes compared at a time.
+const PIECE: usize = 1 << 20;
+const PAGE: usize = base::PAGE as usize;
+
+/// Compares the RAM file of a freeze with its holder's memory: no page may be as it was before. Returns a sum of each.
+fn compare_with_holder(host: &TestHost, record: &node::record::FreezeRecord) -> Outcome<Vec<u64>> {
+    let (ram, size) = (File::open(ram_file(host, record))?, record.shape.memory_bytes());
+    let holder = File::open(format!("/proc/{}/mem", record.holder.pid))?;
+    let (mut given, mut true_bytes) = (vec![0; PIECE], vec![0; PIECE]);
+    let (mut sums, mut wrong) = (Vec::new(), Vec::new());
+    for at in (0..size).step_by(PIECE) {
+        ram.read_exact_at(&mut given, at)?;
+        holder.read_exact_at(&mut true_bytes, record.address + at)?;
+        for (i, (given, held)) in given.chunks(PAGE).zip(true_bytes.chunks(PAGE)).enumerate() {
+            // Free pages are left out of what is stored: they become zero for offshoots, and not for the parent.
+            if given != held && given.iter().any(|&byte| byte != 0) {
+                wrong.push(at / base::PAGE + i as u64);
+            }
+            sums.push(sum(held));
+        }
+    }
+    report(host, record, "the holder", &wrong)?;
+    Ok(sums)
+}
+
+/// Compares the RAM file of a freeze that is in the store with what it was; pages that are zero now were free.
+fn compare_with_store(host: &TestHost, record: &node::record::FreezeRecord, sums: &[u64]) -> Outcome {
+    let ram = File::open(ram_file(host, record))?;
+    // What the kernel has cached was read from the holder.
+    rustix::fs::fadvise(&ram, 0, None, rustix::fs::Advice::DontNeed)?;
+    let (mut given, zero) = (vec![0; PIECE], sum(&[0; PAGE]));
+    let mut wrong = Vec::new();
+    for (piece, sums) in sums.chunks(PIECE / PAGE).enumerate() {
+        ram.read_exact_at(&mut given, (piece * PIECE) as u64)?;
+        for (i, (given, &want)) in given.chunks(PAGE).zip(sums).enumerate() {
+            if ![want, zero].contains(&sum(given)) {
+                wrong.push((piece * PIECE / PAGE + i) as u64);
+            }
+        }
+    }
+    report(host, record, "the store", &wrong)
+}
+
+fn ram_file(host: &TestHost, record: &node::record::FreezeRecord) -> PathBuf {
+    host.home.join(format!("mnt/ram/{:016x}", record.id))
+}
+
+fn sum(page: &[u8]) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    page.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn report(host: &TestHost, record: &node::record::FreezeRecord, whose: &str, wrong: &[u64]) -> Outcome {
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let map = base::RamMap::decode(&record.map)?;
+    let pages: Vec<String> =
+        wrong.iter().take(20).map(|page| format!("{page} ({:?})", map.lookup(page * base::PAGE).0)).collect();
+    let (id, kept) = (record.id, host.home.display());
+    Err(format!("{} pages of {id:016x} in {kept} are not as {whose} has them: {}", wrong.len(), pages.join(", "))
+        .into())
 }
 
 /// No complaint of the guest's kernel, and its disk takes writes.
