@@ -6,6 +6,7 @@
 
 mod blobs;
 mod commit;
+mod dedup;
 pub mod doctor;
 mod error;
 mod exports;
@@ -14,6 +15,7 @@ pub mod home;
 pub mod image;
 mod images;
 pub mod lineage;
+mod look;
 pub mod mirror_link;
 mod mirrored;
 pub mod names;
