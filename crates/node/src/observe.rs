@@ -82,7 +82,11 @@ impl Node {
     pub fn stats(&self, vm: &Arc<Vm>, by_color: bool) -> Result<VmStats> {
         let (resident, place) = vm.resident()?;
         let scene = Scene::of(&self.shared, &vm.name, place, false)?;
-        let brought = self.shared.mirror.ram_pages(&vm.name)?;
+        // A mirror that an earlier release started does not know.
+        let brought = self.shared.mirror.ram_pages(&vm.name).unwrap_or_else(|error| {
+            log::debug!("{}: {}", vm.name, error.whole());
+            RamPages::default()
+        });
         let uses = match by_color {
             true => {
                 let look = look::colored(&self.shared, vm, &scene, COLORS_AGE)?;

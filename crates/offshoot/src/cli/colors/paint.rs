@@ -22,13 +22,11 @@ const GREY: u8 = 20;
 /// The strongest color there is of it; what the screen cannot show is weakened until it can.
 const CHROMA: f64 = 0.19;
 
-/// Lightness and part of the chroma by brightness: of colors, and of greys.
-type Scale = [(f64, f64); LEVELS];
+/// By brightness: lightness and part of the chroma of colors, and lightness of greys.
+type Scale = ([(f64, f64); LEVELS], [f64; LEVELS]);
 
-const DARK: (Scale, Scale) =
-    ([(0.36, 0.40), (0.50, 0.62), (0.66, 0.90), (0.87, 1.0)], [(0.245, 1.0), (0.31, 1.0), (0.42, 1.0), (0.58, 1.0)]);
-const LIGHT: (Scale, Scale) =
-    ([(0.905, 0.30), (0.82, 0.55), (0.70, 0.90), (0.50, 1.0)], [(0.965, 1.0), (0.92, 1.0), (0.85, 1.0), (0.72, 1.0)]);
+const DARK: Scale = ([(0.33, 0.45), (0.46, 0.70), (0.60, 0.95), (0.765, 1.0)], [0.235, 0.30, 0.40, 0.54]);
+const LIGHT: Scale = ([(0.91, 0.30), (0.83, 0.60), (0.715, 0.95), (0.545, 1.0)], [0.965, 0.92, 0.85, 0.72]);
 
 /// The paint of a cell.
 pub(super) fn paint(color: &ColorCount, level: u8, ground: Ground) -> Rgb {
@@ -36,15 +34,14 @@ pub(super) fn paint(color: &ColorCount, level: u8, ground: Ground) -> Rgb {
     let level = usize::from(level).min(LEVELS - 1);
     let hue = hue_of(color.degrees);
     if color.saturation < GREY {
-        // The more there is to a grey, the darker on light ground: free, zero, unknown.
-        let (lightness, _) = greys[level];
+        // Free, zero, unknown: ever a little farther from the ground.
         let step = if ground == Ground::Dark { 0.035 } else { -0.03 };
-        let more = match color.saturation {
-            0 => 2.0,
-            1..=10 => 0.0,
-            _ => 1.0,
+        let (steps, chroma) = match color.saturation {
+            0 => (2.0, 0.0),
+            1..=10 => (0.0, 0.012),
+            _ => (1.0, 0.012),
         };
-        return oklch(lightness + step * more, 0.012 * f64::from(color.saturation.min(1)), hue);
+        return oklch(greys[level] + step * steps, chroma, hue);
     }
     let (lightness, part) = colors[level];
     oklch(lightness, CHROMA * part * f64::from(color.saturation) / 80.0, hue)

@@ -196,5 +196,5 @@ pub(super) fn address(colors: &Colors, page: usize) -> u64 {
 
 /// A byte count as an axis has it: whole where it is.
 pub(super) fn round(bytes: u64) -> String {
-    base::units::human(bytes).replace(".0 ", " ")
+    if bytes == 0 { "0".into() } else { base::units::human(bytes).replace(".0 ", " ") }
 }

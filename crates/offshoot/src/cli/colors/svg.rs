@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 const MAP: usize = 1024;
 const LEFT: usize = 96;
 const WIDTH: usize = LEFT + MAP + 40;
-const TOP: usize = 132;
+const TOP: usize = 140;
 /// Between two bands, in cells of the finest grid.
 const GAP: usize = 4;
 /// The most cells: what the file's size is bounded by.
@@ -164,8 +164,8 @@ fn key_color(colors: &Colors) -> usize {
 fn head(out: &mut String, colors: &Colors) {
     let _ = writeln!(
         out,
-        "<text class=\"ink\" x=\"{LEFT}\" y=\"62\" font-size=\"34\" font-weight=\"650\">{}</text>\n\
-         <text class=\"dim\" x=\"{LEFT}\" y=\"94\" font-size=\"16\">{}</text>",
+        "<text class=\"ink\" x=\"{LEFT}\" y=\"66\" font-size=\"34\" font-weight=\"650\">{}</text>\n\
+         <text class=\"dim\" x=\"{LEFT}\" y=\"106\" font-size=\"16\">{}</text>",
         escape(&colors.name),
         escape(&subtitle(colors)),
     );
@@ -183,9 +183,9 @@ fn head(out: &mut String, colors: &Colors) {
         let name = if colors.snapshot && *state == PageState::Absent { "zero" } else { state.name() };
         let _ = writeln!(
             out,
-            "<g><title>{}</title><rect class=\"share c{key}-{level}\" x=\"{x}\" y=\"38\" width=\"{width}\" height=\"10\"/>\
-             <text class=\"ink\" x=\"{x}\" y=\"70\" font-size=\"15\">{name}</text>\
-             <text class=\"dim\" x=\"{x}\" y=\"91\" font-size=\"14\">{}</text></g>",
+            "<g><title>{}</title><rect class=\"share c{key}-{level}\" x=\"{x}\" y=\"30\" width=\"{width}\" height=\"10\"/>\
+             <text class=\"ink\" x=\"{x}\" y=\"60\" font-size=\"15\">{name}</text>\
+             <text class=\"dim\" x=\"{x}\" y=\"80\" font-size=\"14\">{}</text></g>",
             meaning(*state, colors.snapshot),
             round(pages * colors.page_bytes),
         );
@@ -340,7 +340,7 @@ fn table(out: &mut String, colors: &Colors, top: usize) {
              <text class=\"dim\" x=\"{tx}\" y=\"{}\" font-size=\"14\">{} · {}</text>",
             escape(&color.color),
             y + 20,
-            percent(color.pages, colors.pages),
+            escape(&percent(color.pages, colors.pages)),
             round(color.pages * colors.page_bytes),
             tx = x + LEVELS * 9 + 14,
         );
