@@ -183,6 +183,9 @@ pub struct Snapshot {
     pub disk_bytes: u64,
     /// Bytes the store grew by when it was committed.
     pub stored_bytes: u64,
+    /// Bytes that its VM had written and that are not stored, because the guest had freed them.
+    #[serde(default)]
+    pub free_bytes: u64,
     /// How long its VM stood still, in milliseconds.
     pub pause_ms: f64,
     /// Generation of the VM it was taken of.

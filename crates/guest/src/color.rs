@@ -3,6 +3,7 @@
 use crate::free::FreePages;
 use crate::kernel::Kernel;
 use crate::memory::Hint;
+use crate::plan::{Key, Page, Space};
 use std::ops::Range;
 
 /// What a page of a guest's RAM is for.
@@ -170,8 +171,18 @@ impl Account {
 pub struct Coloring {
     /// A color's number for each page; above it, while coloring, what later steps need to know.
     pages: Vec<u8>,
+    places: Places,
     /// How they were found.
     pub account: Account,
+}
+
+/// Where pages stand in color space.
+#[derive(Clone, Debug)]
+pub(crate) enum Places {
+    /// What each page belongs to, by its descriptor; empty where descriptors were not read.
+    Keys(Vec<Key>),
+    /// As it was found before: each page once.
+    Order(Vec<Page>),
 }
 
 /// The descriptor says only that somebody has the page.
@@ -184,7 +195,39 @@ const NUMBER: u8 = 0x0f;
 
 impl Coloring {
     pub(crate) fn unknown(pages: u64, account: Account) -> Self {
-        Self { pages: vec![Color::Unknown as u8; usize::try_from(pages).expect("pages fit into memory")], account }
+        let pages = vec![Color::Unknown as u8; usize::try_from(pages).expect("pages fit into memory")];
+        Self { pages, places: Places::Keys(Vec::new()), account }
+    }
+
+    /// As it was when it was kept: `order` names each of the pages once, or there is none.
+    pub(crate) fn kept(pages: Vec<u8>, order: Vec<Page>, account: Account) -> Option<Self> {
+        let known = pages.iter().all(|&number| usize::from(number) < Color::ALL.len());
+        let space = Space::in_order(pages, order).filter(|_| known)?;
+        Some(Self { pages: space.colors().to_vec(), places: Places::Order(space.order().to_vec()), account })
+    }
+
+    /// Color space: pages of one color side by side, in the order in which the guest thinks of them.
+    ///
+    /// # Panics
+    /// For 2^32 pages (16 TiB) or more.
+    #[must_use]
+    pub fn space(&self) -> Space {
+        let none = (0, 0);
+        match &self.places {
+            Places::Order(order) => Space::in_order(self.pages.clone(), order.clone()).expect("was checked"),
+            Places::Keys(keys) => {
+                Space::new(self.pages.clone(), |page| keys.get(page as usize).copied().unwrap_or(none))
+            }
+        }
+    }
+
+    /// Pages that are free where the guest would not notice that they have become zero; none where it would.
+    #[must_use]
+    pub fn droppable(&self) -> Vec<Range<u64>> {
+        match self.account.free {
+            FreePages::Kept { .. } => Vec::new(),
+            FreePages::Droppable => self.runs().filter(|(_, c)| *c == Color::Free).map(|(run, _)| run).collect(),
+        }
     }
 
     /// How many pages it colors.
@@ -241,6 +284,15 @@ impl Coloring {
         }
     }
 
+    /// What each page belongs to, to be filled in.
+    pub(crate) fn keys_mut(&mut self) -> &mut Vec<Key> {
+        if let Places::Order(_) = self.places {
+            self.places = Places::Keys(Vec::new());
+        }
+        let Places::Keys(keys) = &mut self.places else { unreachable!("made so above") };
+        keys
+    }
+
     pub(crate) fn raw(&self) -> &[u8] {
         &self.pages
     }
@@ -263,6 +315,7 @@ impl Coloring {
     /// Starts over after an attempt that failed.
     pub(crate) fn forget(&mut self) {
         self.pages.fill(Color::Unknown as u8);
+        self.places = Places::Keys(Vec::new());
         self.account = Account { notes: std::mem::take(&mut self.account.notes), ..Account::new() };
     }
 }

@@ -3,6 +3,7 @@
 use crate::color::{Color, Coloring, ROOT, SHARED, WEAK};
 use crate::kernel::{Kernel, Type};
 use crate::paging::Space;
+use crate::plan::Key;
 use crate::reader::{Reader, Stop};
 use base::{ByteRange, PAGE};
 
@@ -31,10 +32,13 @@ pub(crate) fn survey(reader: &mut Reader, kernel: &Kernel, coloring: &mut Colori
     let (sections, _) = space.translate(reader, kernel.sections)?;
     let start = kernel.sections.wrapping_sub(sections);
     let direct = ByteRange::new(start, start.saturating_add(top));
-    let mut scan = Scan { kernel, direct, free_until: 0, head: (UNWRITTEN, 0), inconsistent: 0, base: None };
+    let mut scan = Scan { kernel, direct, free_until: 0, head: Head::NONE, inconsistent: 0, base: None };
     let mut buffer = vec![0; CHUNK / kernel.layout.size * kernel.layout.size];
     let frames = 1u64 << kernel.section_order;
     let mut found = 0;
+    let keys = coloring.keys_mut();
+    keys.clear();
+    keys.resize(reader.pages() as usize, (0, 0));
     for region in reader.regions().to_vec() {
         let (first, end) = (region.physical.start / PAGE, region.physical.end / PAGE);
         let mut section = first >> kernel.section_order;
@@ -74,13 +78,25 @@ fn section_map(reader: &mut Reader, space: &mut Space, kernel: &Kernel, section:
     Ok((map & HAS_MAP != 0).then_some(map & !(PAGE - 1)))
 }
 
+/// The first page of a compound page.
+#[derive(Clone, Copy)]
+struct Head {
+    frame: u64,
+    color: u8,
+    key: Key,
+}
+
+impl Head {
+    const NONE: Self = Self { frame: UNWRITTEN, color: 0, key: (0, 0) };
+}
+
 struct Scan<'a> {
     kernel: &'a Kernel,
     direct: ByteRange,
     /// The frame behind the block of free pages that the scan is in.
     free_until: u64,
     /// The head of the compound page that was met last, and its color.
-    head: (u64, u8),
+    head: Head,
     inconsistent: u64,
     base: Option<u64>,
 }
@@ -106,8 +122,12 @@ impl Scan<'_> {
             for (i, descriptor) in bytes.chunks_exact(size).enumerate() {
                 let frame = frame + i as u64;
                 let next = bytes.get((i + 1) * size..(i + 2) * size);
-                let color = self.color(reader, frame, descriptor, next, coloring);
-                coloring.raw_mut()[(page + frame - frames.start) as usize] = color;
+                let (color, key) = self.color(reader, frame, descriptor, next, coloring);
+                let page = (page + frame - frames.start) as usize;
+                coloring.raw_mut()[page] = color;
+                if key != (0, 0) {
+                    coloring.keys_mut()[page] = key;
+                }
             }
             frame += count as u64;
         }
@@ -115,14 +135,15 @@ impl Scan<'_> {
     }
 
     #[inline]
-    fn color(&mut self, reader: &Reader, frame: u64, it: &[u8], next: Option<&[u8]>, coloring: &Coloring) -> u8 {
+    fn color(&mut self, reader: &Reader, frame: u64, it: &[u8], next: Option<&[u8]>, coloring: &Coloring) -> (u8, Key) {
         let kernel = self.kernel;
+        let nobodys = |color: Color| (color as u8, (0, 0));
         let flags = word(it, kernel.layout.flags);
         if flags == UNWRITTEN {
-            return Color::Unknown as u8;
+            return nobodys(Color::Unknown);
         }
         if LEGACY.contains(&frame) {
-            return Color::Device as u8;
+            return nobodys(Color::Device);
         }
         let kind = kernel.types.read(half(it, kernel.layout.mapcount));
         let unused = half(it, kernel.layout.refcount) == 0
@@ -130,27 +151,33 @@ impl Scan<'_> {
         if frame < self.free_until {
             // The rest of a block of free pages. No allocator leaves anything here, so a trace of use wins.
             if unused && kind == Type::None {
-                return Color::Free as u8;
+                return nobodys(Color::Free);
             }
             self.free_until = 0;
             self.inconsistent += 1;
         }
         let compound = word(it, kernel.layout.compound_head);
         if compound & 1 == 1 {
-            return self.tail(reader, compound - 1, coloring);
+            return self.tail(reader, frame, compound - 1, coloring);
         }
         if kind == Type::Buddy {
             let order = word(it, kernel.layout.private);
             if unused && order <= ORDER_MAX && frame.is_multiple_of(1 << order) {
                 self.free_until = frame + (1 << order);
-                return Color::Free as u8;
+                return nobodys(Color::Free);
             }
             self.inconsistent += 1;
-            return Color::Unknown as u8;
+            return nobodys(Color::Unknown);
         }
         let color = self.used(flags, kind, it, next);
-        self.head = (frame, color);
-        color
+        let key = match color & !SHARED {
+            c if c == Color::PageCache as u8 || c == Color::UserData as u8 => {
+                (word(it, kernel.layout.mapping), word(it, kernel.layout.index()))
+            }
+            _ => (0, 0),
+        };
+        self.head = Head { frame, color, key };
+        (color, key)
     }
 
     /// A page in use, by its own descriptor.
@@ -197,20 +224,23 @@ impl Scan<'_> {
         }
     }
 
-    /// A page behind the first of a compound page is what the first is.
+    /// A page behind the first of a compound page is what the first is, and further on in what that belongs to.
     #[inline]
-    fn tail(&mut self, reader: &Reader, head: u64, coloring: &Coloring) -> u8 {
+    fn tail(&mut self, reader: &Reader, tail: u64, head: u64, coloring: &Coloring) -> (u8, Key) {
         let base = self.base.expect("set with the section");
         let frame = head.wrapping_sub(base) / self.kernel.layout.size as u64;
-        if frame != self.head.0 {
+        if frame != self.head.frame {
             let page = frame.checked_mul(PAGE).and_then(|at| reader.page(at));
             // A head lies before its tails, so it has its color; anything else is not one.
-            self.head = (frame, page.map_or(Color::Unknown as u8, |page| coloring.raw()[page as usize]));
-            if self.head.1 == Color::Free as u8 {
-                self.head.1 = Color::Unknown as u8;
+            let color = page.map_or(Color::Unknown as u8, |page| coloring.raw()[page as usize]);
+            self.head = Head { frame, color, key: (0, 0) };
+            if color == Color::Free as u8 {
+                self.head.color = Color::Unknown as u8;
             }
         }
-        self.head.1
+        let (mapping, index) = self.head.key;
+        let key = if mapping == 0 { (0, 0) } else { (mapping, index.wrapping_add(tail.wrapping_sub(frame))) };
+        (self.head.color, key)
     }
 }
 

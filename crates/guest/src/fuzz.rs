@@ -5,7 +5,7 @@
 //! tables, its sections, its descriptors. `cargo test` runs a thousand; with `FUZZ_SECONDS` it runs that long.
 
 use crate::tests::{Linux, STABLE, STYLES, TOP_BYTE, everything};
-use crate::{Color, Cpu, Hint, color};
+use crate::{Color, Coloring, Cpu, Hint, color};
 use base::PAGE;
 use std::cell::RefCell;
 use std::time::Duration;
@@ -92,4 +92,27 @@ fn memory_that_is_no_guest_has_no_colors() {
         assert_eq!(coloring.counts()[Color::Free as usize], 0);
     };
     bolero::check!().with_max_len(64).with_iterations(50).with_shrink_time(Duration::from_secs(5)).for_each(run);
+}
+
+#[test]
+fn kept_colors_of_any_bytes_are_refused_or_whole() {
+    let whole = everything(STABLE).0.color().encode();
+    let run = |edits: &[u8]| {
+        let mut bytes = whole.clone();
+        for edit in edits.chunks_exact(3) {
+            // The account is at the beginning, and small; anywhere behind it are colors and order.
+            let at = usize::from(u16::from_le_bytes([edit[0], edit[1]]));
+            let at = if edit[0] % 2 == 0 { at % 200 } else { at * 7 } % bytes.len();
+            bytes[at] = edit[2];
+        }
+        if let Ok(found) = Coloring::decode(&bytes) {
+            assert_eq!(found.space().order().len() as u64, found.len());
+            assert_eq!(found.counts().iter().sum::<u64>(), found.len());
+        }
+    };
+    let target = bolero::check!().with_max_len(48).with_shrink_time(Duration::from_secs(5));
+    match std::env::var("FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()) {
+        Some(seconds) => target.with_iterations(usize::MAX).with_test_time(Duration::from_secs(seconds)).for_each(run),
+        None => target.with_iterations(1000).for_each(run),
+    }
 }

@@ -12,6 +12,9 @@ const IMAGE: u64 = 0xffff_ffff_8000_0000;
 /// Physical address bits of a root.
 const ROOT: u64 = 0x000f_ffff_ffff_f000;
 
+/// The row from 6.12 on.
+const TOP_BYTE: &str = "6.12";
+
 /// How a kernel writes a page's type into the word that else counts its mappings (Linux, `page-flags.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Types {
@@ -96,8 +99,13 @@ impl Types {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Cleared(bits) => bits.name,
-            Self::TopByte => "6.12",
+            Self::TopByte => TOP_BYTE,
         }
+    }
+
+    /// The row of that name, as it is kept.
+    pub(crate) fn named(name: &str) -> Option<&'static str> {
+        CLEARED.iter().map(|(_, bits)| bits.name).chain([TOP_BYTE]).find(|row| *row == name)
     }
 
     /// What the word says. Slab and huge pages are told by it in later releases only.
@@ -301,6 +309,12 @@ impl Kernel {
 }
 
 impl Layout {
+    /// Of a page of a file or a heap: where in it it is. Not in the note; in all releases from 5.10 on it follows the
+    /// mapping, where a root of page tables has its owner.
+    pub(crate) fn index(&self) -> usize {
+        self.owner
+    }
+
     fn of(note: &Note) -> Result<Self, Stop> {
         let destructor = note.optional_offset("page.compound_dtor").zip(note.number("HUGETLB_PAGE_DTOR"));
         let layout = Self {

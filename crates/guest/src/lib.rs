@@ -24,6 +24,7 @@
 mod color;
 mod descriptors;
 mod free;
+mod kept;
 mod kernel;
 mod mappings;
 mod memory;

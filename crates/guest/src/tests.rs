@@ -1,6 +1,6 @@
 //! Guests made by hand, one for each way in which kernels write things down.
 
-use crate::{Basis, Color, Coloring, Cpu, Error, FreePages, Hint, Memory, Region, color};
+use crate::{Account, Basis, Color, Coloring, Cpu, Error, FreePages, Hint, Memory, Region, color};
 use base::{ByteRange, PAGE};
 use std::io;
 
@@ -109,6 +109,7 @@ const SIZE: u64 = 64;
 const MAPCOUNT: u64 = 0x30;
 const REFCOUNT: u64 = 0x34;
 const MAPPING: u64 = 0x18;
+const INDEX: u64 = 0x20;
 const PRIVATE: u64 = 0x28;
 const HEAD: u64 = 8;
 
@@ -437,6 +438,51 @@ fn runs_cover_all_pages_in_order() {
         next = run.end;
     }
     assert_eq!(next, coloring.len());
+}
+
+#[test]
+fn pages_of_a_file_follow_each_other_in_color_space_wherever_they_lie() {
+    let mut guest = everything(STABLE).0;
+    let (one, other) = (0xffff_8a80_0a00_0000, 0xffff_8a80_0b00_0000);
+    // Two files whose pages lie among each other, and out of order.
+    let places = [(0x41, one, 7), (0x40, other, 2), (0x46, one, 9), (0x42, other, 1), (0x45, one, 8)];
+    for (at, mapping, index) in places {
+        guest.lru(FRAME + at, mapping, 0);
+        guest.field(FRAME + at, INDEX, index);
+    }
+    let coloring = guest.color();
+    for kept in [coloring.clone(), Coloring::decode(&coloring.encode()).unwrap()] {
+        let space = kept.space();
+        let after = |at: u64, count| -> Vec<u64> {
+            space.after(page_of(FRAME + at) as u32).take(count).map(u64::from).collect()
+        };
+        assert_eq!(after(0x41, 4), [0x45, 0x46, 0x42, 0x40].map(|at| page_of(FRAME + at)));
+        assert_eq!(space.order().len() as u64, kept.len());
+    }
+}
+
+#[test]
+fn colors_that_were_kept_read_back_and_damaged_ones_are_refused() {
+    let mut coloring = everything(STABLE).0.color();
+    coloring.account.notes = vec!["one".into(), "another".into()];
+    let bytes = coloring.encode();
+    let kept = Coloring::decode(&bytes).unwrap();
+    assert!(kept.iter().eq(coloring.iter()));
+    assert_eq!((kept.droppable(), kept.encode()), (coloring.droppable(), bytes.clone()));
+    let account = |c: &Coloring| format!("{:?}", guest_account(c));
+    assert_eq!(account(&kept), account(&coloring));
+    assert!(!kept.droppable().is_empty());
+    coloring.account.free = FreePages::Kept { why: "poisoned".into() };
+    let kept = Coloring::decode(&coloring.encode()).unwrap();
+    assert_eq!((kept.droppable(), kept.account.free), (Vec::new(), coloring.account.free));
+    for cut in (0..bytes.len()).step_by(97) {
+        assert!(Coloring::decode(&bytes[..cut]).is_err(), "{cut} bytes of it");
+    }
+    assert!(Coloring::decode(&[&bytes[..], b"x"].concat()).is_err());
+}
+
+fn guest_account(coloring: &Coloring) -> Account {
+    Account { bytes_read: 0, ..coloring.account.clone() }
 }
 
 #[test]

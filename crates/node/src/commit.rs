@@ -7,6 +7,7 @@
 //! What a freeze kept from being swept is swept when its commit is done, by a thread of its own: sweeping keeps
 //! forks waiting, and so must not be done at the low priority of commits.
 
+use crate::colors::{self, Kept};
 use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::record::{FreezeRecord, SnapshotMeta};
@@ -212,15 +213,18 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
     let report = |done: u64, total: u64| {
         desk.state.lock().expect("no holder panics").done_bytes = (done, total);
     };
+    let before = record.base_ram.map(|id| known(shared, id)).transpose()?;
+    let coloring = colors::of_freeze(shared, record, before);
+    let kept = colors::without_free(record, coloring.as_ref());
     let ram = {
-        let base = match record.base_ram {
-            Some(id) => known(shared, id)?,
-            None => shared.store.empty(record.shape.memory_bytes(), 4096),
-        };
+        let base = before.unwrap_or_else(|| shared.store.empty(record.shape.memory_bytes(), 4096));
         let source = ProcessMemory { pid: record.holder.pid, address: record.address };
-        changed(&transaction, &base, &record.written(), &record.zeroed(), &source, &report)?
+        changed(&transaction, &base, &kept.written, &kept.zeroed, &source, &report)?
     };
     versions.insert(record.shape.ram[0].id.clone(), ram);
+    if let Some(coloring) = coloring.as_ref().filter(|c| colors::tell(c)) {
+        versions.insert(colors::COLORS.into(), transaction.put_bytes(&coloring.encode())?);
+    }
     let mut views = Vec::new();
     for (disk, &view) in record.shape.disks.iter().zip(&record.views) {
         let version = disk_version(shared, &transaction, disk, view, &report)?;
@@ -238,7 +242,11 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
             }
         }
     }
-    publish(shared, record, transaction, versions)?;
+    let note = coloring.and_then(|c| c.account.hint).map(|hint| hint.note).or_else(|| colors::note_of(shared, record));
+    publish(shared, record, transaction, versions, (&kept, note))?;
+    if let Some(note) = note {
+        shared.notes.lock().expect("no holder panics").insert(record.id, note);
+    }
     let mut table = shared.versions.lock().expect("no holder panics");
     table.insert(record.id, ram);
     table.extend(views.iter().copied());
@@ -308,6 +316,7 @@ fn publish(
     record: &FreezeRecord,
     transaction: store::Transaction<'_>,
     versions: BTreeMap<String, Version>,
+    (kept, note): (&Kept, Option<u64>),
 ) -> Result<()> {
     let meta = SnapshotMeta {
         id: record.id,
@@ -318,9 +327,11 @@ fn publish(
         origin: record.origin.clone(),
         generation: record.generation,
         pause_ms: record.pause_ms,
-        map: record.map.clone(),
+        map: kept.map(&record.map)?,
         views: record.views.clone(),
         stored_bytes: transaction.stored_bytes(),
+        dropped_bytes: kept.dropped_bytes,
+        note,
     };
     let meta = serde_json::to_string(&meta).expect("records serialise");
     let manifest = Manifest { versions, meta };

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::record::SnapshotMeta;
 use base::{Bitmap, PAGE, RamMap, Source};
+use guest::Coloring;
 use guest::plan::{Eager, Policy, Profile, Space, Template, Touch, settled, traits};
 use mirror::control::Foresee;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,7 @@ impl Ahead {
     /// Finds out what is known of the snapshot, and writes it where the mirror reads it.
     pub(crate) fn prepare(
         shared: &Shared,
-        (snapshot, meta): (&str, &SnapshotMeta),
+        (snapshot, manifest, meta): (&str, &Manifest, &SnapshotMeta),
         map: &RamMap,
         dir: &Path,
         (policy, eager): (Policy, Eager),
@@ -60,8 +61,12 @@ impl Ahead {
         if ahead.policy == Policy::None {
             return Self { record, ..ahead };
         }
+        let coloring = crate::colors::of_manifest(shared, snapshot, manifest).unwrap_or_else(|error| {
+            log::warn!("the colors of {snapshot}: {}", error.whole());
+            None
+        });
         let path = dir.join("template");
-        match crate::home::write_atomically(&path, &template(map, profile).encode(), false) {
+        match crate::home::write_atomically(&path, &template(map, profile, coloring.as_ref()).encode(), false) {
             Ok(()) => Self { template: Some(path), record, ..ahead },
             Err(error) => {
                 log::warn!("what is known of {snapshot}: {}", error.whole());
@@ -123,7 +128,7 @@ pub(crate) fn chosen(shared: &Shared, policy: Option<&str>, eager: Option<f32>) 
     Ok((policy, eager.map_err(|why| Error::Invalid(format!("--eager {why}")))?))
 }
 
-fn template(map: &RamMap, profile: Profile) -> Template {
+fn template(map: &RamMap, profile: Profile, coloring: Option<&Coloring>) -> Template {
     let pages = map.size() / PAGE;
     let mut stored = Bitmap::new(pages);
     for (range, source) in map.extents() {
@@ -131,7 +136,15 @@ fn template(map: &RamMap, profile: Profile) -> Template {
             stored.set_range(range.start / PAGE, range.end / PAGE);
         }
     }
-    Template { space: Space::new(vec![0; pages as usize], |_| (0, 0)), traits: traits(), stored, profile }
+    // What is free was left out where it is droppable, whatever the map says of short runs.
+    for run in coloring.iter().flat_map(|c| c.droppable()) {
+        (run.start..run.end.min(pages)).for_each(|page| stored.clear(page));
+    }
+    let space = match coloring.filter(|c| c.len() == pages) {
+        Some(coloring) => coloring.space(),
+        None => Space::new(vec![0; pages as usize], |_| (0, 0)),
+    };
+    Template { space, traits: traits(), stored, profile }
 }
 
 /// The head of a snapshot's profile.

@@ -5,6 +5,7 @@
 //! reaches the store behind the guests' backs ([`commit`]).
 
 mod blobs;
+mod colors;
 mod commit;
 mod dedup;
 pub mod doctor;

@@ -56,6 +56,8 @@ pub struct Shared {
     pub(crate) pending: Mutex<BTreeMap<u64, FreezeRecord>>,
     /// Where the content of RAM files and disk views is in the store.
     pub(crate) versions: Mutex<HashMap<u64, store::Version>>,
+    /// Where the kernel's note is in RAM files ([`SnapshotMeta::note`](crate::record::SnapshotMeta)).
+    pub(crate) notes: Mutex<HashMap<u64, u64>>,
     blanks: Mutex<HashMap<u64, u64>>,
     /// Whether a sweep left something for the sake of a freeze that was not yet in the store.
     pub(crate) sweep_again: AtomicBool,
@@ -187,6 +189,7 @@ impl Node {
             library,
             pending: Mutex::default(),
             versions: Mutex::default(),
+            notes: Mutex::default(),
             blanks: Mutex::default(),
             sweep_again: AtomicBool::default(),
             making: RwLock::default(),

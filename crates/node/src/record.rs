@@ -174,6 +174,12 @@ pub struct SnapshotMeta {
     pub views: Vec<u64>,
     /// Bytes the store grew by.
     pub stored_bytes: u64,
+    /// Bytes that were written and not stored: free pages.
+    #[serde(default)]
+    pub dropped_bytes: u64,
+    /// Where the guest's kernel keeps the note that colors begin with, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<u64>,
 }
 
 /// Writes a record; what it describes dies with the host, so a power cut need not keep it.

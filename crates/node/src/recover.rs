@@ -105,6 +105,9 @@ impl Shared {
 
     /// Notes where the content of a snapshot is.
     pub(crate) fn learn(&self, manifest: &store::Manifest, meta: &SnapshotMeta) {
+        if let Some(note) = meta.note {
+            self.notes.lock().expect("no holder panics").insert(meta.id, note);
+        }
         let mut table = self.versions.lock().expect("no holder panics");
         if let Some(&ram) = manifest.versions.get(&meta.shape.ram[0].id) {
             table.insert(meta.id, ram);

@@ -164,7 +164,7 @@ impl Node {
         let disks = disks.iter().map(ToString::to_string).collect();
         // Where nobody asks for it and nothing is far away, a VM is not even watched.
         let asked = request.prefetch.is_some() || self.shared.is_shared();
-        let ahead = asked.then(|| Ahead::prepare(&self.shared, (from, &meta), &start, &dir, wanted));
+        let ahead = asked.then(|| Ahead::prepare(&self.shared, (from, &manifest, &meta), &start, &dir, wanted));
         Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks, ahead }))
     }
 
@@ -257,6 +257,7 @@ fn listed(manifest: &store::Manifest, meta: &SnapshotMeta) -> api::Snapshot {
         memory_bytes: meta.shape.memory_bytes(),
         disk_bytes: disks,
         stored_bytes: meta.stored_bytes,
+        free_bytes: meta.dropped_bytes,
         pause_ms: meta.pause_ms,
         generation: meta.generation,
     }

@@ -54,6 +54,36 @@ pub struct ProcessMemory {
     pub address: u64,
 }
 
+/// Pages of which one call reads the beginnings: as many as the kernel takes pieces (`UIO_MAXIOV`).
+const HEADS: usize = 1024;
+
+impl ProcessMemory {
+    /// Reads the first `each` bytes of every page from `offset` on, one after another into `into`.
+    ///
+    /// # Errors
+    /// As for reading: the process is gone, or has no such memory.
+    pub fn read_heads(&self, offset: u64, each: usize, into: &mut [u8]) -> io::Result<()> {
+        let mut page = self.address + offset;
+        for out in into.chunks_mut(HEADS * each) {
+            let count = out.len() / each;
+            let remote: Vec<libc::iovec> = (0..count)
+                .map(|i| libc::iovec { iov_base: (page + i as u64 * PAGE) as *mut _, iov_len: each })
+                .collect();
+            let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+            let (pid, pieces) = (self.pid.cast_signed(), count as libc::c_ulong);
+            // SAFETY: `local` describes `out`, which is exclusively borrowed for the call; the remote side is only read,
+            // and the kernel checks its addresses.
+            let n = unsafe { libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), pieces, 0) };
+            match n {
+                -1 => return Err(io::Error::last_os_error()),
+                n if n.cast_unsigned() < out.len() => return Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => page += count as u64 * PAGE,
+            }
+        }
+        Ok(())
+    }
+}
+
 impl store::BlockSource for ProcessMemory {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
@@ -202,6 +232,9 @@ mod tests {
         let mut byte = [0];
         source.read(4 * PAGE, &mut byte).unwrap();
         assert_eq!(byte, [7]);
+        let mut heads = [0; 3 * 2];
+        source.read_heads(3 * PAGE, 2, &mut heads).unwrap();
+        assert_eq!(heads, [7, 0, 7, 0, 0, 0]);
         // SAFETY: allocated above with this layout, and not used after.
         unsafe { std::alloc::dealloc(memory, layout) };
     }

@@ -18,6 +18,7 @@
 //! A page written between the two looks has become anonymous, so it is reported, and again by the next scan.
 
 use crate::sys::{self, Categories, PageRegion};
+use base::range::subtract;
 use base::{ByteRange, PAGE};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -151,30 +152,6 @@ fn push(list: &mut Vec<ByteRange>, range: ByteRange, gap: u64) {
         Some(last) if last.end + gap >= range.start => last.end = range.end,
         _ => list.push(range),
     }
-}
-
-/// What is in `from` and not in `what`; both ascending and disjoint.
-fn subtract(from: &[ByteRange], what: &[ByteRange]) -> Vec<ByteRange> {
-    let mut out = Vec::with_capacity(from.len());
-    let mut next = 0;
-    for range in from {
-        let mut at = range.start;
-        while next < what.len() && what[next].start < range.end {
-            let hole = what[next];
-            if hole.start > at {
-                out.push(ByteRange::new(at, hole.start));
-            }
-            at = at.max(hole.end);
-            if hole.end >= range.end {
-                break; // it may reach into the next range
-            }
-            next += 1;
-        }
-        if at < range.end {
-            out.push(ByteRange::new(at, range.end));
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -89,6 +89,7 @@ pub fn start(end: &OwnedFd, publish: &[Publish], log: &Path) -> Result<ProcessId
     for p in publish {
         command.args(["--tcp-ports", &format!("{}/{}:{}", p.address, p.host, p.guest)]);
     }
+    process::without_secrets(&mut command);
     process::spawn(&command, &[end.as_fd()], None, log)
 }
 

@@ -66,6 +66,12 @@ impl MachineShape {
         }
     }
 
+    /// Bytes of RAM below the hole for devices; what is more lies from 4 GiB on (QEMU's q35, `pc_q35_init`).
+    #[must_use]
+    pub fn ram_below_hole(&self) -> u64 {
+        if self.memory_bytes() >= 0xb000_0000 { 0x8000_0000 } else { 0xb000_0000 }
+    }
+
     /// Bytes of RAM in all regions.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {

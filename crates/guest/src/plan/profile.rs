@@ -5,6 +5,7 @@
 //! is no longer touched is forgotten.
 
 use super::Page;
+use super::leb::{put, take};
 use base::units::human;
 use std::collections::HashMap;
 use std::fmt;
@@ -204,36 +205,4 @@ impl Profile {
 /// 256 times the binary logarithm of 1 + `ms`.
 fn log_time(ms: u32) -> u16 {
     ((f64::from(ms) + 1.0).log2() * 256.0) as u16
-}
-
-pub(super) fn put(out: &mut Vec<u8>, value: u32) {
-    put_wide(out, value.into());
-}
-
-pub(super) fn put_wide(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-pub(super) fn take(bytes: &[u8], at: &mut usize) -> Result<u32, ProfileError> {
-    let began = *at;
-    u32::try_from(take_wide(bytes, at)?).map_err(|_| ProfileError::Damaged(began))
-}
-
-/// At most five bytes: 35 bits.
-pub(super) fn take_wide(bytes: &[u8], at: &mut usize) -> Result<u64, ProfileError> {
-    let began = *at;
-    let mut value = 0_u64;
-    for shift in (0..35).step_by(7) {
-        let byte = *bytes.get(*at).ok_or(ProfileError::Damaged(began))?;
-        *at += 1;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Ok(value);
-        }
-    }
-    Err(ProfileError::Damaged(began))
 }

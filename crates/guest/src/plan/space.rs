@@ -4,7 +4,7 @@
 //! were read, pages of a color stand by what they belong to (the file, the mapping) and by their place in it, so that
 //! the next page in color space is the next page of the same file or heap.
 
-use super::Page;
+use super::{Page, ProfileError, leb};
 
 /// What a page belongs to, and where in it: from the descriptor's `mapping` and `index`. Equal keys stand by address.
 pub type Key = (u64, u64);
@@ -29,13 +29,63 @@ impl Space {
     }
 
     /// As it was: `order` must name each page once, or there is none.
-    pub(super) fn in_order(colors: Vec<u8>, order: Vec<Page>) -> Option<Self> {
+    pub(crate) fn in_order(colors: Vec<u8>, order: Vec<Page>) -> Option<Self> {
         let mut place = vec![u32::MAX; colors.len()];
         for (at, &page) in order.iter().enumerate() {
             let place = place.get_mut(page as usize).filter(|p| **p == u32::MAX)?;
             *place = at as u32;
         }
         (order.len() == colors.len()).then_some(Self { order, place, colors })
+    }
+
+    /// Colors by page.
+    pub(crate) fn colors(&self) -> &[u8] {
+        &self.colors
+    }
+
+    /// Appends colors and order, all numbers LEB128: runs of one color as (color, length), then the order as
+    /// differences of page numbers, zigzag. How many pages there are is not among it.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        for run in self.colors.chunk_by(|a, b| a == b) {
+            leb::put(out, run[0].into());
+            leb::put(out, run.len() as u32);
+        }
+        let mut last = -1_i64;
+        for &page in &self.order {
+            // What follows the last page is the usual case, and 0.
+            let step = i64::from(page) - last - 1;
+            leb::put_wide(out, ((step << 1) ^ (step >> 63)).cast_unsigned());
+            last = page.into();
+        }
+    }
+
+    /// Reads from `at` on what [`Space::encode`] appended, as colors and order of so many pages.
+    pub(crate) fn decode(bytes: &[u8], at: &mut usize, pages: usize) -> Result<(Vec<u8>, Vec<Page>), ProfileError> {
+        // Each page takes a byte at least, in the order.
+        if pages > bytes.len() - *at {
+            return Err(ProfileError::Damaged(*at));
+        }
+        let mut colors = Vec::with_capacity(pages);
+        while colors.len() < pages {
+            let began = ProfileError::Damaged(*at);
+            let color = u8::try_from(leb::take(bytes, at)?).map_err(|_| began.clone())?;
+            let len = leb::take(bytes, at)? as usize;
+            if len == 0 || colors.len() + len > pages {
+                return Err(began);
+            }
+            colors.resize(colors.len() + len, color);
+        }
+        let mut order = Vec::with_capacity(pages);
+        let mut last = -1_i64;
+        for _ in 0..pages {
+            let began = ProfileError::Damaged(*at);
+            let folded = leb::take_wide(bytes, at)?;
+            let step = (folded >> 1).cast_signed() ^ -(folded & 1).cast_signed();
+            let page = last.checked_add(1).and_then(|p| p.checked_add(step)).ok_or(began.clone())?;
+            order.push(Page::try_from(page).map_err(|_| began)?);
+            last = page;
+        }
+        Ok((colors, order))
     }
 
     /// All pages in this order.

@@ -1,7 +1,7 @@
 //! What is known of a template's memory, and how it is kept in a file.
 
-use super::Page;
-use super::profile::{self, Profile, ProfileError};
+use super::leb;
+use super::profile::{Profile, ProfileError};
 use super::space::Space;
 use crate::Color;
 use base::Bitmap;
@@ -58,36 +58,22 @@ pub struct Template {
 }
 
 impl Template {
-    /// Bytes to keep. All numbers are LEB128: pages; runs of one color as (color, length); color space as differences
-    /// of page numbers, zigzag; runs of stored pages as (gap, length), closed by a run of length 0; the profile.
+    /// Bytes to keep. All numbers are LEB128: pages; color space; runs of stored pages as (gap, length), closed by a run
+    /// of length 0; the profile.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let pages = self.space.order().len() as u32;
         let mut out = MAGIC.to_vec();
-        profile::put(&mut out, pages);
-        let mut page = 0;
-        while page < pages {
-            let color = self.space.color(page);
-            let end = (page..pages).find(|&p| self.space.color(p) != color).unwrap_or(pages);
-            profile::put(&mut out, color.into());
-            profile::put(&mut out, end - page);
-            page = end;
-        }
-        let mut last = -1_i64;
-        for &page in self.space.order() {
-            // What follows the last page is the usual case, and 0.
-            let step = i64::from(page) - last - 1;
-            profile::put_wide(&mut out, ((step << 1) ^ (step >> 63)).cast_unsigned());
-            last = page.into();
-        }
+        leb::put(&mut out, pages);
+        self.space.encode(&mut out);
         let mut at = 0;
         for run in self.stored.ranges(1) {
-            profile::put(&mut out, (run.start - at) as u32);
-            profile::put(&mut out, run.len() as u32);
+            leb::put(&mut out, (run.start - at) as u32);
+            leb::put(&mut out, run.len() as u32);
             at = run.end;
         }
-        profile::put(&mut out, 0);
-        profile::put(&mut out, 0);
+        leb::put(&mut out, 0);
+        leb::put(&mut out, 0);
         out.extend(self.profile.encode());
         out
     }
@@ -101,38 +87,18 @@ impl Template {
             return Err(ProfileError::Unknown);
         }
         let mut at = MAGIC.len();
-        let pages = profile::take(bytes, &mut at)?;
-        // Each page takes a byte at least, in color space.
-        if pages as usize > bytes.len() || pages == PAGES_MAX {
+        let pages = leb::take(bytes, &mut at)?;
+        if pages == PAGES_MAX {
             return Err(ProfileError::Damaged(at));
         }
-        let mut colors = Vec::with_capacity(pages as usize);
-        while colors.len() < pages as usize {
-            let began = ProfileError::Damaged(at);
-            let color = u8::try_from(profile::take(bytes, &mut at)?).map_err(|_| began.clone())?;
-            let len = profile::take(bytes, &mut at)? as usize;
-            if len == 0 || colors.len() + len > pages as usize {
-                return Err(began);
-            }
-            colors.resize(colors.len() + len, color);
-        }
-        let mut order = Vec::with_capacity(pages as usize);
-        let mut last = -1_i64;
-        for _ in 0..pages {
-            let began = ProfileError::Damaged(at);
-            let folded = profile::take_wide(bytes, &mut at)?;
-            let step = (folded >> 1).cast_signed() ^ -(folded & 1).cast_signed();
-            let page = last.checked_add(1).and_then(|p| p.checked_add(step)).ok_or(began.clone())?;
-            order.push(Page::try_from(page).map_err(|_| began)?);
-            last = page;
-        }
+        let (colors, order) = Space::decode(bytes, &mut at, pages as usize)?;
         let space = Space::in_order(colors, order).ok_or(ProfileError::Damaged(at))?;
         let mut stored = Bitmap::new(pages.into());
         let mut next = 0_u64;
         loop {
             let began = ProfileError::Damaged(at);
-            let start = next + u64::from(profile::take(bytes, &mut at)?);
-            let len = u64::from(profile::take(bytes, &mut at)?);
+            let start = next + u64::from(leb::take(bytes, &mut at)?);
+            let len = u64::from(leb::take(bytes, &mut at)?);
             if len == 0 {
                 break;
             }
