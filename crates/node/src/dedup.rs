@@ -64,7 +64,7 @@ impl Tally {
     fn add(&mut self, shared: &Shared, number: u16, name: &str) -> Result<()> {
         let (manifest, meta) = snapshots::of(shared, name)?;
         let ram = snapshots::ram_of(name, &manifest, &meta)?;
-        let coloring = look::of_snapshot(shared, name, &ram)?;
+        let coloring = look::of_snapshot(shared, name, &manifest, &meta)?;
         if coloring.account.basis != Basis::Descriptors {
             self.notes.push(format!("{name}: {}", coloring.account.notes.join("; ")));
         }

@@ -81,7 +81,7 @@ impl Node {
     /// Where it does not run.
     pub fn stats(&self, vm: &Arc<Vm>, by_color: bool) -> Result<VmStats> {
         let (resident, place) = vm.resident()?;
-        let scene = Scene::of(&self.shared, &vm.name, place, false)?;
+        let scene = Scene::of(&self.shared, vm, place, false)?;
         // A mirror that an earlier release started does not know.
         let brought = self.shared.mirror.ram_pages(&vm.name).unwrap_or_else(|error| {
             log::debug!("{}: {}", vm.name, error.whole());

@@ -11,9 +11,10 @@ mod template;
 
 pub(crate) use scene::{Scene, State};
 
+use crate::colors;
 use crate::error::{Error, Result};
 use crate::node::{Node, Shared};
-use crate::record;
+use crate::record::{self, SnapshotMeta};
 use crate::snapshots;
 use crate::vm::Vm;
 use api::{Account, ColorCount, Colors, PageState};
@@ -22,14 +23,12 @@ use guest::{Basis, Color, Coloring, FreePages, Hint, Memory, Region};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use store::{Store, Version};
-
-/// From so much RAM on, a machine of today's kind has 2 GiB of it below the hole for devices, and the rest above.
-const SPLIT_FROM: u64 = 0xb000_0000;
-const SPLIT_BELOW: u64 = 2 << 30;
+use store::{Manifest, Store, Version};
+use vmm::MachineShape;
 
 /// Why colors are not read from memory.
-const FAR: &str = "what the VM has not fetched lies in a store far away, and nothing is fetched for a look";
+const FAR: &str = "colors are those of the snapshot that it started from, and nothing is known of what it wrote since: \
+                   the rest of its memory lies in a store far away, and nothing is fetched for a look";
 
 /// What was found of the VMs that were looked at, by id.
 #[derive(Default)]
@@ -66,7 +65,7 @@ impl Node {
     /// Where it does not run.
     pub fn vm_colors(&self, vm: &Arc<Vm>, age: Duration) -> Result<Colors> {
         let place = vm.resident()?.1;
-        let scene = Scene::of(&self.shared, &vm.name, place, true)?;
+        let scene = Scene::of(&self.shared, vm, place, true)?;
         let look = colored(&self.shared, vm, &scene, age)?;
         let states = scene.states.iter().map(|state| match state {
             State::Absent => PageState::Absent,
@@ -74,7 +73,7 @@ impl Node {
             State::Zero | State::Local => PageState::Local,
             State::Dirty => PageState::Dirty,
         });
-        let mut colors = described(&vm.name, &look.coloring, states, place.size);
+        let mut colors = described(&vm.name, &look.coloring, states, scene.regions());
         colors.taken = record::now();
         colors.account.source = look.source.into();
         colors.account.age_ms = u64::try_from(look.at.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -90,13 +89,13 @@ impl Node {
         let (manifest, meta) = snapshots::of(&self.shared, name)?;
         let ram = snapshots::ram_of(name, &manifest, &meta)?;
         let began = Instant::now();
-        let (coloring, source) = snapshot_coloring(&self.shared, name, &ram)?;
+        let (coloring, source) = snapshot_coloring(&self.shared, name, &manifest, &meta)?;
         let took = began.elapsed();
         let mut stored = vec![PageState::Absent; (ram.size / PAGE) as usize];
         for range in self.shared.store.data_ranges(&ram)? {
             stored[(range.start / PAGE) as usize..(range.end / PAGE) as usize].fill(PageState::Stored);
         }
-        let mut colors = described(name, &coloring, stored.into_iter(), ram.size);
+        let mut colors = described(name, &coloring, stored.into_iter(), &regions(&meta.shape));
         (colors.snapshot, colors.taken) = (true, meta.created);
         colors.account.source = source.into();
         colors.account.took_ms = took.as_secs_f64() * 1e3;
@@ -110,7 +109,9 @@ pub(crate) fn colored(shared: &Shared, vm: &Arc<Vm>, scene: &Scene<'_>, age: Dur
     if let Some(look) = before.as_ref().filter(|look| look.at.elapsed() < age) {
         return Ok(look.clone());
     }
-    let hint = before.as_ref().and_then(|look| look.coloring.account.hint);
+    let start = vm.view().record.start_ram;
+    let note = start.and_then(|id| shared.notes.lock().expect("no holder panics").get(&id).copied());
+    let hint = before.as_ref().and_then(|look| look.coloring.account.hint).or(note.map(|note| Hint { note }));
     let began = Instant::now();
     let (coloring, source) = match guest::color(scene, None, hint) {
         Ok(coloring) => (coloring, "memory"),
@@ -122,39 +123,53 @@ pub(crate) fn colored(shared: &Shared, vm: &Arc<Vm>, scene: &Scene<'_>, age: Dur
     Ok(look)
 }
 
-/// The colors of a VM whose memory cannot be read without fetching it.
-fn elsewhere(_shared: &Shared, vm: &Arc<Vm>, scene: &Scene<'_>, error: &guest::Error) -> Result<Coloring> {
-    let failed = |error: &guest::Error| {
-        let source = std::error::Error::source(error).map_or(String::new(), |source| format!(": {source}"));
-        Error::Host(format!("the colors of {} cannot be read: {error}{source}", vm.name))
-    };
+/// The colors of a VM whose memory cannot be read without fetching it: those of what it started from, where they were
+/// kept.
+fn elsewhere(shared: &Shared, vm: &Arc<Vm>, scene: &Scene<'_>, error: &guest::Error) -> Result<Coloring> {
     if !scene::is_far(error) {
-        return Err(failed(error));
+        return Err(failed(&vm.name, error));
     }
-    let mut coloring = guest::color(&Blank(scene), None, None).map_err(|error| failed(&error))?;
-    coloring.account.notes = vec![FAR.into()];
+    let start = vm.view().record.start_ram;
+    let head = start.and_then(|id| shared.store.head(&shared.own_head("freeze", id)).transpose()).transpose()?;
+    let kept = head.map(|(manifest, _)| colors::of_manifest(shared, &vm.name, &manifest)).transpose()?.flatten();
+    let kept = kept.filter(|coloring| coloring.len() == scene.states.len() as u64);
+    let coloring = kept.map_or_else(|| guest::color(&Blank(scene), None, None), Ok);
+    let mut coloring = coloring.map_err(|error| failed(&vm.name, &error))?;
+    coloring.account.notes.push(FAR.into());
     Ok(coloring)
 }
 
 /// The colors of a snapshot.
-pub(crate) fn of_snapshot(shared: &Shared, name: &str, ram: &Version) -> Result<Coloring> {
-    Ok(snapshot_coloring(shared, name, ram)?.0)
+pub(crate) fn of_snapshot(shared: &Shared, name: &str, manifest: &Manifest, meta: &SnapshotMeta) -> Result<Coloring> {
+    Ok(snapshot_coloring(shared, name, manifest, meta)?.0)
 }
 
-/// The colors of a snapshot, and where they come from: those that were kept with it, or read from the store now.
-fn snapshot_coloring(shared: &Shared, _name: &str, ram: &Version) -> Result<(Coloring, &'static str)> {
-    Ok((of_version(&shared.store, ram, None)?, "memory"))
+/// The colors of a snapshot, and where they come from: those that were kept with it, or, of one that has none, read from
+/// the store now.
+fn snapshot_coloring(
+    shared: &Shared,
+    name: &str,
+    manifest: &Manifest,
+    meta: &SnapshotMeta,
+) -> Result<(Coloring, &'static str)> {
+    if let Some(coloring) = colors::of_manifest(shared, name, manifest)? {
+        return Ok((coloring, "kept"));
+    }
+    let (store, ram) = (&*shared.store, &snapshots::ram_of(name, manifest, meta)?);
+    let frozen = Frozen { store, ram, regions: regions(&meta.shape), zeros: zeros(store, ram)? };
+    let coloring = guest::color(&frozen, None, meta.note.map(|note| Hint { note }));
+    Ok((coloring.map_err(|error| failed(name, &error))?, "memory"))
+}
+
+/// Coloring ended because the host could not read.
+fn failed(name: &str, error: &guest::Error) -> Error {
+    let source = std::error::Error::source(error).map_or(String::new(), |source| format!(": {source}"));
+    Error::Host(format!("the colors of {name} cannot be read: {error}{source}"))
 }
 
 /// Where the blob's bytes stand in the guest's memory.
-pub(crate) fn regions(bytes: u64) -> Vec<Region> {
-    Region::of_pc(bytes, if bytes < SPLIT_FROM { bytes } else { SPLIT_BELOW })
-}
-
-/// Colors a version of a guest's RAM.
-fn of_version(store: &Store, ram: &Version, hint: Option<Hint>) -> Result<Coloring> {
-    let frozen = Frozen { store, ram, regions: regions(ram.size), zeros: zeros(store, ram)? };
-    guest::color(&frozen, None, hint).map_err(|error| Error::Host(format!("a snapshot cannot be colored: {error}")))
+fn regions(shape: &MachineShape) -> Vec<Region> {
+    Region::of_pc(shape.memory_bytes(), shape.ram_below_hole())
 }
 
 fn zeros(store: &Store, ram: &Version) -> Result<Vec<ByteRange>> {
@@ -221,7 +236,7 @@ impl Memory for Frozen<'_> {
 }
 
 /// Puts colors and states together; `states` has one for each page.
-fn described(name: &str, coloring: &Coloring, states: impl Iterator<Item = PageState>, size: u64) -> Colors {
+fn described(name: &str, coloring: &Coloring, states: impl Iterator<Item = PageState>, regions: &[Region]) -> Colors {
     let mut legend: Vec<ColorCount> = Color::ALL
         .iter()
         .map(|color| ColorCount {
@@ -241,7 +256,7 @@ fn described(name: &str, coloring: &Coloring, states: impl Iterator<Item = PageS
             _ => state_runs.push((1, state as u8)),
         }
     }
-    let regions = regions(size).into_iter().map(|region| api::Region {
+    let regions = regions.iter().map(|region| api::Region {
         physical: region.physical.start,
         page: region.offset / PAGE,
         pages: region.physical.len() / PAGE,

@@ -9,7 +9,7 @@ use super::template::Template;
 use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::sys::{self, ProcessMemory};
-use crate::vm::RamPlace;
+use crate::vm::{RamPlace, Vm};
 use base::{Bitmap, ByteRange, PAGE};
 use guest::{Memory, Region};
 use mirror::{PageKind, Pagemap};
@@ -57,7 +57,7 @@ impl<'a> Scene<'a> {
     ///
     /// # Errors
     /// It is gone.
-    pub(crate) fn of(shared: &'a Shared, name: &str, place: RamPlace, ready: bool) -> Result<Self> {
+    pub(crate) fn of(shared: &'a Shared, vm: &Vm, place: RamPlace, ready: bool) -> Result<Self> {
         let path = format!("/proc/{}/maps", place.pid);
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let files = mapped(&text, place);
@@ -70,12 +70,13 @@ impl<'a> Scene<'a> {
             };
             states[(range.start / PAGE) as usize..(range.end / PAGE) as usize].fill(state);
         })
-        .map_err(Error::io("read the pages of", name))?;
+        .map_err(Error::io("read the pages of", &vm.name))?;
         if ready {
             find_ready(shared, &files, &mut states);
         }
         let zeros = zeros(&files, &states);
-        Ok(Self { place, states, files, regions: super::regions(place.size), zeros, template: Template::new(shared) })
+        let (regions, template) = (super::regions(&vm.view().record.shape), Template::new(shared));
+        Ok(Self { place, states, files, regions, zeros, template })
     }
 
     /// So many pages that hold.
@@ -119,6 +120,26 @@ impl Memory for Scene<'_> {
                 None => part.fill(0),
             }
             at = until;
+        }
+        Ok(())
+    }
+
+    fn read_heads(&self, offset: u64, each: usize, into: &mut [u8]) -> io::Result<()> {
+        let process = ProcessMemory { pid: self.place.pid, address: self.place.address };
+        let (mut page, end) = ((offset / PAGE) as usize, (offset / PAGE) as usize + into.len() / each);
+        let mut rest = into;
+        while page < end {
+            let is_here = self.states[page].is_resident();
+            let run = (page..end).take_while(|&p| self.states[p].is_resident() == is_here).count();
+            let (out, more) = rest.split_at_mut(run * each);
+            if is_here {
+                process.read_heads(page as u64 * PAGE, each, out)?;
+            } else {
+                for (at, head) in (page as u64..).zip(out.chunks_mut(each)) {
+                    self.read(at * PAGE, head)?;
+                }
+            }
+            (page, rest) = (page + run, more);
         }
         Ok(())
     }
