@@ -138,7 +138,7 @@ impl Layout {
 fn hilbert(side: usize, at: usize) -> (usize, usize) {
     let (mut x, mut y, mut rest, mut step) = (0, 0, at, 1);
     while step < side {
-        let right = rest / 2 & 1;
+        let right = (rest / 2) & 1;
         let up = (rest ^ right) & 1;
         if up == 0 {
             if right == 1 {
