@@ -96,10 +96,15 @@ impl Frame {
         self.stats.mirror[name].as_u64().unwrap_or(0)
     }
 
-    /// What changes most, in one line.
-    fn counters(&self) -> String {
+    /// Where memory is.
+    fn states(&self) -> String {
         let states = [PageState::Dirty, PageState::Local, PageState::Ready, PageState::Absent];
         let states: Vec<String> = states.iter().map(|s| format!("{} {}", s.name(), human(self.bytes(*s)))).collect();
+        states.join("  ")
+    }
+
+    /// What was fetched.
+    fn fetches(&self) -> String {
         let ahead = &self.stats.ahead;
         let ahead = match ahead.fetched_bytes {
             0 => String::new(),
@@ -108,7 +113,7 @@ impl Frame {
             }
         };
         let (faults, fetched) = (self.counter("ram_faults"), human(self.counter("ram_fetched_bytes")));
-        format!("{}  faults {faults}  fetched {fetched}{ahead}", states.join("  "))
+        format!("faults {faults}  fetched {fetched}{ahead}")
     }
 
     /// What changed since the last picture, for each second.
@@ -129,37 +134,34 @@ impl Frame {
 /// One line of counters.
 fn line(frame: &Frame) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}  {}", frame.colors.taken, frame.counters())?;
+    writeln!(out, "{}  {}  {}", frame.colors.taken, frame.states(), frame.fetches())?;
     out.flush()
 }
 
-/// Signals, as events: heard by a thread of its own for as long as the process lives.
+/// Signals, as events: heard from now on, by a thread of its own for as long as the process lives.
 fn events() -> std::io::Result<Receiver<Event>> {
     let (tx, rx) = channel();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        let heard = runtime.block_on(async {
-            let mut resized = signal(SignalKind::window_change())?;
-            let mut interrupted = signal(SignalKind::interrupt())?;
-            let mut terminated = signal(SignalKind::terminate())?;
-            let mut hung_up = signal(SignalKind::hangup())?;
-            loop {
-                let event = tokio::select! {
-                    _ = resized.recv() => Event::Resized,
-                    _ = interrupted.recv() => Event::End,
-                    _ = terminated.recv() => Event::End,
-                    _ = hung_up.recv() => Event::End,
-                };
-                if tx.send(event).is_err() {
-                    return Ok(());
-                }
+    let context = runtime.enter();
+    let mut resized = signal(SignalKind::window_change())?;
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    let mut hung_up = signal(SignalKind::hangup())?;
+    drop(context);
+    let listen = async move {
+        loop {
+            let event = tokio::select! {
+                _ = resized.recv() => Event::Resized,
+                _ = interrupted.recv() => Event::End,
+                _ = terminated.recv() => Event::End,
+                _ = hung_up.recv() => Event::End,
+            };
+            if tx.send(event).is_err() {
+                return;
             }
-        });
-        let failed: std::io::Result<()> = heard;
-        if let Err(error) = failed {
-            log::warn!("signals are not heard: {error}");
         }
-    })?;
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(listen))?;
     Ok(rx)
 }
 
@@ -229,7 +231,8 @@ fn picture(frame: &Frame, before: Option<&Frame>, style: Style, (columns, lines)
     let about = format!("{} · {} · {clock}", super::picture::round(colors.pages * colors.page_bytes), kernel(colors));
     let mut foot = legend(colors, style, columns);
     foot.push(String::new());
-    foot.push(clip(&frame.counters(), columns));
+    foot.push(clip(&frame.states(), columns));
+    foot.push(clip(&frame.fetches(), columns));
     if let Some(before) = before {
         foot.push(style.dim(&clip(&frame.rates(before), columns)));
     }
