@@ -81,7 +81,7 @@ impl Node {
     /// Where it does not run.
     pub fn stats(&self, vm: &Arc<Vm>, by_color: bool) -> Result<VmStats> {
         let (resident, place) = vm.resident()?;
-        let scene = Scene::of(&self.shared, vm, place, false)?;
+        let scene = look::running(vm, place, Scene::of(&self.shared, vm, place, false))?;
         // A mirror that an earlier release started does not know.
         let brought = self.shared.mirror.ram_pages(&vm.name).unwrap_or_else(|error| {
             log::debug!("{}: {}", vm.name, error.whole());
@@ -89,7 +89,7 @@ impl Node {
         });
         let uses = match by_color {
             true => {
-                let look = look::colored(&self.shared, vm, &scene, COLORS_AGE)?;
+                let look = look::running(vm, place, look::colored(&self.shared, vm, &scene, COLORS_AGE))?;
                 uses(&scene, &brought, |page| look.coloring.get(page) as usize, Color::ALL.map(Color::name))
             }
             false => uses(&scene, &brought, |_| 0, []),

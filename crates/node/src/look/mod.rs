@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::node::{Node, Shared};
 use crate::record::{self, SnapshotMeta};
 use crate::snapshots;
-use crate::vm::Vm;
+use crate::vm::{RamPlace, Vm};
 use api::{Account, ColorCount, Colors, PageState};
 use base::{ByteRange, PAGE};
 use guest::{Basis, Color, Coloring, FreePages, Hint, Memory, Region};
@@ -65,8 +65,8 @@ impl Node {
     /// Where it does not run.
     pub fn vm_colors(&self, vm: &Arc<Vm>, age: Duration) -> Result<Colors> {
         let place = vm.resident()?.1;
-        let scene = Scene::of(&self.shared, vm, place, true)?;
-        let look = colored(&self.shared, vm, &scene, age)?;
+        let scene = running(vm, place, Scene::of(&self.shared, vm, place, true))?;
+        let look = running(vm, place, colored(&self.shared, vm, &scene, age))?;
         let states = scene.states.iter().map(|state| match state {
             State::Absent => PageState::Absent,
             State::Ready => PageState::Ready,
@@ -100,6 +100,16 @@ impl Node {
         colors.account.source = source.into();
         colors.account.took_ms = took.as_secs_f64() * 1e3;
         Ok(colors)
+    }
+}
+
+/// Whatever fails of a VM that ends meanwhile, that is why.
+pub(crate) fn running<T>(vm: &Vm, place: RamPlace, outcome: Result<T>) -> Result<T> {
+    // Of a process that is dead and not yet reaped the file is there, and empty.
+    let alive = || std::fs::read(format!("/proc/{}/maps", place.pid)).is_ok_and(|maps| !maps.is_empty());
+    match outcome {
+        Err(_) if !alive() => Err(Error::Conflict(format!("{} is not running", vm.name))),
+        outcome => outcome,
     }
 }
 
