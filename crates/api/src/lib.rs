@@ -6,10 +6,12 @@
 
 mod blobs;
 pub mod client;
+mod colors;
 mod transfer;
 mod types;
 
 pub use blobs::*;
 pub use client::{Client, ClientError, Upgraded};
+pub use colors::*;
 pub use transfer::*;
 pub use types::*;

@@ -285,10 +285,27 @@ pub struct VmStats {
     /// What was fetched ahead for the offshoots of its template on this node, where something is.
     #[serde(default)]
     pub prefetch: Option<serde_json::Value>,
+    /// What was fetched ahead for the offshoots of its template, as far as this one goes.
+    #[serde(default)]
+    pub ahead: Ahead,
+    /// All of that by color, and `all` together; only where it is asked for.
+    #[serde(default)]
+    pub by_color: Vec<crate::ColorUse>,
     /// What the resident library counted.
     pub resident: BTreeMap<String, u64>,
     /// CPU time of its hypervisor, in seconds.
     pub cpu_s: f64,
+}
+
+/// What was fetched ahead, as far as one VM goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ahead {
+    /// Bytes of its RAM that were brought ahead.
+    pub fetched_bytes: u64,
+    /// Of these, bytes that it touched without waiting for them.
+    pub used_bytes: u64,
+    /// Of these, bytes that it has not touched so far.
+    pub wasted_bytes: u64,
 }
 
 /// `POST /v1/vms/{name}/stop`.

@@ -4,8 +4,8 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Foresee, Hello, Listing, OverlaySpec, Queued, RamSpec, Recording, Removed, Reply, Request, Stats,
-    StoreState, ViewChanges, Warmth,
+    ExportSpec, Foresee, Hello, Listing, OverlaySpec, Queued, RamPages, RamSpec, Recording, Removed, Reply, Request,
+    Stats, StoreState, ViewChanges, Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -213,6 +213,14 @@ impl Client {
     /// It is not recorded: the mirror may be another one now.
     pub fn recording(&mut self, vm: &str, end: bool) -> Answer<Recording> {
         self.call(&Request::Recording { vm: vm.to_owned(), end })
+    }
+
+    /// Which pages of a VM's RAM were brought: none of one that is not registered.
+    ///
+    /// # Errors
+    /// As all calls.
+    pub fn ram_pages(&mut self, vm: &str) -> Answer<RamPages> {
+        self.call(&Request::RamPages { vm: vm.to_owned() })
     }
 
     /// How the store does.

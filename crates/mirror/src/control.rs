@@ -131,6 +131,15 @@ pub struct Recording {
     pub seen_ms: u32,
 }
 
+/// The pages of a VM's RAM that the mirror brought, as runs of page numbers: first and end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamPages {
+    /// Those that it waited for.
+    pub faulted: Vec<(u64, u64)>,
+    /// Those that were brought ahead of it and of the other offshoots of its template, used or not.
+    pub brought: Vec<(u64, u64)>,
+}
+
 /// What is fetched ahead for the VMs of one template.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamStats {
@@ -198,6 +207,8 @@ pub enum Request {
     /// Whether a VM's working set has settled; with `end`, also what it touched, and nothing more is recorded.
     /// Answer: [`Recording`].
     Recording { vm: String, end: bool },
+    /// Which pages of a VM's RAM were brought. Answer: [`RamPages`].
+    RamPages { vm: String },
     /// How the store does. Answer: [`StoreState`].
     Store,
     /// How much of these versions is in the node's cache. Answer: [`Warmth`].

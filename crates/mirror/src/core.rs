@@ -1,6 +1,6 @@
 //! What all threads of a mirror share.
 
-use crate::control::{Problem, Stats};
+use crate::control::{Problem, RamPages, Stats};
 use crate::foresight::Foresight;
 use crate::front::aio::Aio;
 use crate::front::direct;
@@ -135,6 +135,12 @@ impl Core {
 
     /// Bytes a prefetch buffer must hold.
     pub(crate) const PREFETCH_BUFFER: usize = PIECE as usize;
+
+    /// Which pages of a VM's RAM were brought.
+    pub(crate) fn ram_pages(&self, vm: &str) -> RamPages {
+        let pairs = |runs: Vec<base::ByteRange>| runs.iter().map(|run| (run.start, run.end)).collect();
+        RamPages { faulted: pairs(self.vms.faulted(vm)), brought: pairs(self.foresight.brought(vm)) }
+    }
 
     /// All counters now.
     pub(crate) fn stats(&self, vm: Option<&str>) -> Stats {

@@ -40,6 +40,7 @@ mod tree;
 pub use client::{Client, ClientError, fuse_fd_of};
 pub use control::{Ask, AskAnswer, AskedOf, FilePlace, OpenVersion, Opens};
 pub use control::{Below, ExportSource, ExportSpec, OverlaySpec, RamSource, RamSpec};
+pub use front::pagemap::{Kind as PageKind, Pagemap};
 pub use ram::{Holder, process_start};
 pub use resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
 pub use stats::{BUCKETS, VmStats};

@@ -1,6 +1,7 @@
 //! Counters for each VM, and whose thread a request came from.
 
 use crate::foresight::Member;
+use base::{Bitmap, ByteRange, PAGE};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +43,8 @@ macro_rules! counters {
             pub(crate) disk_read_latency: Histogram,
             /// What is fetched ahead for it, and recorded.
             pub(crate) member: RwLock<Option<Arc<Member>>>,
+            /// Pages of its RAM that it waited for.
+            pub(crate) faulted: Faulted,
         }
 
         /// One VM's counters at one moment.
@@ -94,6 +97,24 @@ counters! {
     store_read_bytes,
 }
 
+/// The pages of a VM's RAM that it waited for: a page lies at the same offset in all the files that its RAM is made of.
+#[derive(Default)]
+pub(crate) struct Faulted(Mutex<Option<Bitmap>>);
+
+impl Faulted {
+    /// Bytes of a RAM of `size` bytes were read for it.
+    pub(crate) fn note(&self, size: u64, offset: u64, len: u64) {
+        let mut slot = self.0.lock().expect("no holder panics");
+        let pages = slot.get_or_insert_with(|| Bitmap::new(size / PAGE));
+        pages.set_range((offset / PAGE).min(pages.len()), (offset + len).div_ceil(PAGE).min(pages.len()));
+    }
+
+    /// Runs of page numbers.
+    pub(crate) fn runs(&self) -> Vec<ByteRange> {
+        self.0.lock().expect("no holder panics").as_ref().map(|pages| pages.ranges(1)).unwrap_or_default()
+    }
+}
+
 /// Adds to a counter.
 pub(crate) fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
@@ -125,6 +146,12 @@ impl Vms {
     /// The counters of `vm`, or those for others: a late request must not bring a VM back that was forgotten.
     pub(crate) fn known(&self, vm: &str) -> Arc<Counters> {
         self.by_name.read().expect("no writer panics").get(vm).unwrap_or(&self.others).clone()
+    }
+
+    /// Runs of the pages that `vm` waited for.
+    pub(crate) fn faulted(&self, vm: &str) -> Vec<ByteRange> {
+        let vms = self.by_name.read().expect("no writer panics");
+        vms.get(vm).map(|counters| counters.faulted.runs()).unwrap_or_default()
     }
 
     /// From now on faults of threads of process `pid` count for `vm`.
@@ -225,6 +252,17 @@ mod tests {
         let counted = histogram.snapshot();
         assert_eq!((counted[0], counted[1], counted[2], counted[3]), (1, 1, 2, 1));
         assert_eq!((counted[10], counted[BUCKETS - 1]), (1, 1));
+    }
+
+    #[test]
+    fn pages_waited_for_are_kept_as_runs_and_only_of_vms_that_are_known() {
+        let vms = Vms::default();
+        let counters = vms.counters("web");
+        for (offset, len) in [(5 * PAGE, PAGE), (6 * PAGE, 2 * PAGE), (5 * PAGE, PAGE), (99 * PAGE, 8 * PAGE)] {
+            counters.faulted.note(100 * PAGE, offset, len);
+        }
+        assert_eq!(vms.faulted("web"), [ByteRange::new(5, 8), ByteRange::new(99, 100)]);
+        assert_eq!(vms.faulted("nobody"), []);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 mod blobs;
 mod colors;
 mod commit;
+mod dedup;
 pub mod doctor;
 mod error;
 mod exports;
@@ -15,6 +16,7 @@ pub mod home;
 pub mod image;
 mod images;
 pub mod lineage;
+mod look;
 pub mod mirror_link;
 mod mirrored;
 pub mod names;

@@ -11,8 +11,8 @@ use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
 use mirror::control::{
-    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamSource, RamSpec, Recording, Stats, StoreState, ViewChanges,
-    Warmth,
+    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamPages, RamSource, RamSpec, Recording, Stats, StoreState,
+    ViewChanges, Warmth,
 };
 use mirror::{Ask, AskAnswer, FilePlace, Opens};
 use std::os::fd::OwnedFd;
@@ -350,6 +350,14 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn recording(&self, vm: &str, end: bool) -> Result<Recording> {
         self.client().recording(vm, end).map_err(refused)
+    }
+
+    /// Which pages of a VM's RAM were brought.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn ram_pages(&self, vm: &str) -> Result<RamPages> {
+        self.client().ram_pages(vm).map_err(refused)
     }
 
     /// Forgets a VM's counters.

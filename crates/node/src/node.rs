@@ -7,6 +7,7 @@ use crate::commit::Committer;
 use crate::error::{Error, Result};
 use crate::exports::ExportRecord;
 use crate::home::Home;
+use crate::look::Looks;
 use crate::mirror_link::MirrorLink;
 use crate::mirrored::Files;
 use crate::place::Place;
@@ -71,6 +72,8 @@ pub struct Shared {
     pub(crate) exporting: Mutex<()>,
     /// Versions of blobs with local changes.
     pub(crate) files: Files,
+    /// The colors of VMs that were looked at.
+    pub(crate) looks: Looks,
 }
 
 /// What a name stands for.
@@ -195,6 +198,7 @@ impl Node {
             exports: Mutex::default(),
             exporting: Mutex::default(),
             files: Files::default(),
+            looks: Looks::default(),
         });
         let committer = Committer::start(&shared)?;
         crate::recover::recover(&shared, &committer)?;

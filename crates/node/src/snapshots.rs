@@ -73,11 +73,7 @@ impl Node {
     }
 
     fn snapshot(&self, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
-        let (vm, tag) = split_snapshot(name)?;
-        let head = snapshot_head(vm, tag);
-        let (manifest, _) = self.shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
-        let meta = meta(&head, &manifest)?;
-        Ok((manifest, meta))
+        of(&self.shared, name)
     }
 
     /// Keeps a tag, or the next number, for one snapshot of `name`, until it is dropped; from the freeze on the tag
@@ -210,12 +206,25 @@ impl Node {
     }
 }
 
-/// The disk of a snapshot; of several the first.
-pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<store::Version> {
+/// A snapshot by name.
+pub(crate) fn of(shared: &Shared, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
     let (vm, tag) = split_snapshot(name)?;
     let head = snapshot_head(vm, tag);
     let (manifest, _) = shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
-    let shape = meta(&head, &manifest)?.shape;
+    let meta = meta(&head, &manifest)?;
+    Ok((manifest, meta))
+}
+
+/// The RAM of a snapshot.
+pub(crate) fn ram_of(name: &str, manifest: &store::Manifest, meta: &SnapshotMeta) -> Result<store::Version> {
+    let ram = meta.shape.ram.first().and_then(|region| manifest.versions.get(&region.id).copied());
+    ram.ok_or_else(|| Error::NotFound(format!("{name} has no RAM")))
+}
+
+/// The disk of a snapshot; of several the first.
+pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<store::Version> {
+    let (manifest, meta) = of(shared, name)?;
+    let shape = meta.shape;
     let disk = shape.disks.iter().find_map(|disk| manifest.versions.get(&disk.id).copied());
     disk.ok_or_else(|| Error::NotFound(format!("the machine of {name} has no disk")))
 }

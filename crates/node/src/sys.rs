@@ -167,6 +167,32 @@ pub fn userfaultfd_opens() -> io::Result<()> {
     Ok(())
 }
 
+/// Which of the first `size` bytes of a file are in the host's page cache (mincore(2)), by page. Brings none in.
+///
+/// # Errors
+/// Where the file cannot be mapped, or its owner is another and does not let us know.
+pub fn cached(file: &File, size: u64) -> io::Result<Bitmap> {
+    let len = usize::try_from(size).map_err(io::Error::other)?;
+    // SAFETY: a new mapping at a place of the kernel's choice, which nobody reads from.
+    let mapped = unsafe {
+        rustix::mm::mmap(std::ptr::null_mut(), len, rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::SHARED, file, 0)
+    }?;
+    let mut pages = vec![0u8; len.div_ceil(PAGE as usize)];
+    // SAFETY: the range is the mapping above, and the vector has a byte for each of its pages.
+    let asked = match unsafe { libc::mincore(mapped, len, pages.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: mapped above, and used by nobody else.
+    unsafe { rustix::mm::munmap(mapped, len) }?;
+    asked?;
+    let mut cached = Bitmap::new(pages.len() as u64);
+    for (page, _) in (0..).zip(&pages).filter(|(_, byte)| **byte & 1 == 1) {
+        cached.set(page);
+    }
+    Ok(cached)
+}
+
 /// Ranges of whole pages that are set in `pages`.
 #[must_use]
 pub fn ranges(pages: &Bitmap) -> Vec<ByteRange> {
@@ -177,6 +203,16 @@ pub fn ranges(pages: &Bitmap) -> Vec<ByteRange> {
 mod tests {
     use super::*;
     use store::BlockSource;
+
+    #[test]
+    fn what_was_just_written_to_a_file_is_cached_and_its_holes_are_not() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(64 * PAGE).unwrap();
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(40 * PAGE)).unwrap();
+        std::io::Write::write_all(&mut file, &[1; 2 * PAGE as usize]).unwrap();
+        let cached = cached(&file, 64 * PAGE).unwrap();
+        assert_eq!(cached.iter().collect::<Vec<_>>(), [40, 41]);
+    }
 
     #[test]
     fn a_page_that_was_written_is_private_and_an_untouched_one_is_nothing() {

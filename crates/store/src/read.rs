@@ -156,6 +156,20 @@ impl Store {
         })
     }
 
+    /// The names of the blocks in `blocks`, in order; none for zero ones. Asks the tree alone and reads no data: equal
+    /// names are equal content, in whatever version of this store they stand.
+    ///
+    /// # Errors
+    /// As [`Store::read_at`].
+    pub fn names(&self, version: &Version, blocks: Range<u64>) -> Result<Vec<Option<Name>>, Error> {
+        if blocks.start > blocks.end || blocks.end > version.blocks() {
+            let offset = blocks.start.saturating_mul(version.block_size.into());
+            let len = blocks.end.saturating_sub(blocks.start).saturating_mul(version.block_size.into());
+            return Err(Error::OutOfRange { offset, len, size: version.size });
+        }
+        self.refreshed(|| self.block_names(version, blocks.clone()))
+    }
+
     /// Runs `work`; a reader that fails for what may be stale knowledge looks again: at new packs first, where
     /// everything that moved is found, then at all.
     pub(crate) fn refreshed<T>(&self, mut work: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {

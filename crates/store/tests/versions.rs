@@ -58,6 +58,27 @@ fn what_is_data_in_a_range_is_told_in_parts() {
 }
 
 #[test]
+fn names_agree_exactly_where_content_does() {
+    let (store, blocks) = (store(), 60_usize);
+    let content = |salt: usize| -> Vec<u8> {
+        (0..blocks).flat_map(|i| vec![((i / 2 + salt) % 5) as u8; BLOCK as usize]).collect()
+    };
+    let versions = [0, 3].map(|salt| publish(&store, &format!("t{salt}"), &Mem(content(salt))));
+    let all = versions.map(|version| store.names(&version, 0..version.blocks()).unwrap());
+    let named =
+        all.iter().zip([0, 3]).flat_map(|(names, salt)| names.iter().zip((0..blocks).map(move |i| (i / 2 + salt) % 5)));
+    let named: Vec<_> = named.collect();
+    for (name, value) in &named {
+        assert_eq!(name.is_none(), *value == 0);
+        assert!(named.iter().all(|(n, v)| (n == name) == (v == value)));
+    }
+    assert_eq!(store.names(&versions[0], 17..23).unwrap(), all[0][17..23]);
+    for blocks in [0..61, 61..61, u64::MAX - 1..u64::MAX] {
+        assert!(matches!(store.names(&versions[0], blocks), Err(Error::OutOfRange { .. })));
+    }
+}
+
+#[test]
 fn random_commits_read_back_in_every_version() {
     let mut rng = Rng(7);
     for (block_size, blocks, threads) in [(4096, 700, 1), (65536, 40, 3), (1 << 20, 5, 2), (512, 3000, 1)] {

@@ -91,6 +91,12 @@ impl Foresight {
         Ok(member.recording(end))
     }
 
+    /// Runs of the pages that were brought ahead for a VM and the other offshoots of its template.
+    pub(crate) fn brought(&self, vm: &str) -> Vec<base::ByteRange> {
+        let member = self.members.read().expect("no writer panics").get(vm).cloned();
+        member.and_then(|member| Some(member.stream()?.brought())).unwrap_or_default()
+    }
+
     /// Forgets a VM, and the stream that nobody follows any more.
     pub(crate) fn forget(&self, core: &Core, vm: &str) {
         if let Some(member) = self.members.write().expect("no writer panics").remove(vm) {

@@ -1,7 +1,7 @@
 //! One template's planner on this node, and what is under way for it.
 
 use crate::control::StreamStats;
-use base::{PAGE, RamMap};
+use base::{Bitmap, ByteRange, PAGE, RamMap};
 use guest::plan::{Pace, Page, Planner};
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex};
@@ -40,6 +40,8 @@ struct State {
     ready: VecDeque<Run>,
     flying_bytes: u64,
     fetched_bytes: u64,
+    /// The pages that it brought.
+    brought: Bitmap,
     failed: u64,
     /// Pages of the working set that are to come before the guest runs.
     first_left: u64,
@@ -49,7 +51,8 @@ impl Stream {
     pub(crate) fn new(planner: Planner, map: RamMap) -> Self {
         let (pace, ready) = (Pace::default(), VecDeque::new());
         let first_left = planner.first() as u64;
-        let state = State { planner, pace, ready, flying_bytes: 0, fetched_bytes: 0, failed: 0, first_left };
+        let brought = Bitmap::new(map.size() / PAGE);
+        let state = State { planner, pace, ready, flying_bytes: 0, fetched_bytes: 0, brought, failed: 0, first_left };
         Self { map, state: Mutex::new(state), first_here: Condvar::new(), began: Instant::now() }
     }
 
@@ -113,6 +116,7 @@ impl Stream {
         match fetched {
             Ok(bytes) => {
                 state.fetched_bytes += bytes;
+                state.brought.set_range(run.first.into(), (run.first + run.pages).into());
                 state.pace.arrived(now, took, *bytes);
             }
             Err(_) => {
@@ -139,6 +143,11 @@ impl Stream {
     pub(crate) fn is_idle(&self) -> bool {
         let state = self.state();
         state.ready.is_empty() && state.flying_bytes == 0 && state.planner.is_idle()
+    }
+
+    /// Runs of the pages that it brought.
+    pub(crate) fn brought(&self) -> Vec<ByteRange> {
+        self.state().brought.ranges(1)
     }
 
     /// Counters.

@@ -53,6 +53,11 @@ impl Member {
         }
     }
 
+    /// What is fetched ahead for it.
+    pub(crate) fn stream(&self) -> Option<&Arc<Stream>> {
+        self.stream.as_ref()
+    }
+
     /// The guest waited for bytes of its RAM. Says whether there may be something to fetch because of it.
     pub(crate) fn fault(&self, offset: u64, len: usize, took: Duration, far: bool) -> bool {
         let pages = (offset / PAGE) as Page..((offset + len as u64).div_ceil(PAGE) as Page).min(self.pages);

@@ -246,6 +246,7 @@ impl Core {
         let counters = self.vms.of_thread(read.thread);
         add(&counters.ram_faults, 1);
         add(&counters.ram_fetched_bytes, len as u64);
+        counters.faulted.note(ram.map.size(), read.offset, len as u64);
         add(&counters.ram_from_holder_bytes, tally.from_holder_bytes);
         add(&counters.ram_from_store_bytes, tally.from_store_bytes);
         add(&counters.store_read_bytes, tally.store_bytes);

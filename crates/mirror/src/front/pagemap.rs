@@ -5,8 +5,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
 /// Ranges that one call may report.
@@ -39,11 +41,27 @@ struct ScanArg {
     return_mask: u64,
 }
 
+/// How a page of a private mapping came to be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Written by the process, and its own: in memory or in swap.
+    Own,
+    /// Of the file that is mapped, as the file has it.
+    File,
+    /// Anonymous memory that was read and never written: the kernel's one page of zeros stands for it.
+    Zero,
+}
+
 /// A process's page table, open. It stays with that process when the pid is reused.
-pub(crate) struct Pagemap(File);
+#[derive(Debug)]
+pub struct Pagemap(File);
 
 impl Pagemap {
-    pub(crate) fn open(pid: u32) -> io::Result<Self> {
+    /// Of a process.
+    ///
+    /// # Errors
+    /// It is gone, or another's.
+    pub fn open(pid: u32) -> io::Result<Self> {
         File::open(format!("/proc/{pid}/pagemap")).map(Self)
     }
 
@@ -52,18 +70,40 @@ impl Pagemap {
     /// # Errors
     /// The process is gone, or the kernel is too old.
     pub(crate) fn present(&self, start: u64, len: u64, mut each: impl FnMut(ByteRange)) -> io::Result<()> {
+        self.scan(start, len, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, |region| {
+            each(ByteRange::new(region.start, region.end));
+        })
+    }
+
+    /// As [`Pagemap::present`], with how each page came to be there.
+    ///
+    /// # Errors
+    /// As [`Pagemap::present`].
+    pub fn kinds(&self, start: u64, len: u64, mut each: impl FnMut(ByteRange, Kind)) -> io::Result<()> {
+        let wanted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_FILE | PAGE_IS_PFNZERO;
+        self.scan(start, len, wanted, |region| {
+            let kind = match region.categories {
+                of if of & PAGE_IS_PFNZERO != 0 => Kind::Zero,
+                // A page in swap is no file's, whatever else is said of it.
+                of if of & PAGE_IS_FILE != 0 && of & PAGE_IS_SWAPPED == 0 => Kind::File,
+                _ => Kind::Own,
+            };
+            each(ByteRange::new(region.start, region.end), kind);
+        })
+    }
+
+    fn scan(&self, start: u64, len: u64, categories: u64, mut each: impl FnMut(&Region)) -> io::Result<()> {
         let mut regions = vec![Region::default(); REGIONS];
         let (mut at, end) = (start, start + len);
         while at < end {
-            let any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
                 start: at,
                 end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                category_anyof_mask: any,
-                return_mask: any,
+                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                return_mask: categories,
                 ..ScanArg::default()
             };
             // SAFETY: `arg` is the structure that this ioctl takes and writes; its vector is `regions`, whose length
@@ -73,9 +113,7 @@ impl Pagemap {
             if arg.walk_end <= at {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            for region in &regions[..filled] {
-                each(ByteRange::new(region.start, region.end));
-            }
+            regions[..filled].iter().for_each(&mut each);
             at = arg.walk_end;
         }
         Ok(())
@@ -86,6 +124,7 @@ impl Pagemap {
 mod tests {
     use super::*;
     use base::PAGE;
+    use std::os::fd::AsFd;
 
     #[test]
     fn pages_are_seen_once_they_are_touched() {
@@ -106,5 +145,41 @@ mod tests {
         let (after, touched) = (present(), start + 700 * PAGE);
         assert!(!before.iter().any(|r| (r.start..r.end).contains(&touched)), "{before:?}");
         assert!(after.iter().any(|r| (r.start..r.end).contains(&touched)), "{after:?}");
+    }
+
+    #[test]
+    fn pages_are_told_apart_by_how_they_came_to_be() {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &[7; 8 * PAGE as usize]).unwrap();
+        let len = 8 * PAGE as usize;
+        let (prot, private) =
+            (rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE, rustix::mm::MapFlags::PRIVATE);
+        // SAFETY: the kernel chooses the place of a new mapping; it is unmapped below and not used after.
+        let mapped = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, private, file.as_fd(), 0) }.unwrap();
+        // SAFETY: as above.
+        let blank = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, private) }.unwrap();
+        for memory in [mapped, blank] {
+            // SAFETY: as above; what lies around the pages touched is to stay untouched, and not become huge pages.
+            unsafe {
+                rustix::mm::madvise(memory, len, rustix::mm::Advice::Random).unwrap();
+                rustix::mm::madvise(memory, len, rustix::mm::Advice::LinuxNoHugepage).unwrap();
+                memory.cast::<u8>().add(2 * PAGE as usize).read_volatile();
+                memory.cast::<u8>().add(5 * PAGE as usize).write_volatile(1);
+            }
+        }
+        let kinds = |memory: *mut std::ffi::c_void| {
+            let mut found = Vec::new();
+            let pagemap = Pagemap::open(std::process::id()).unwrap();
+            let add =
+                |range: ByteRange, kind| found.push(((range.start - memory as u64) / PAGE, range.len() / PAGE, kind));
+            pagemap.kinds(memory as u64, len as u64, add).unwrap();
+            found
+        };
+        assert_eq!(kinds(mapped), [(2, 1, Kind::File), (5, 1, Kind::Own)]);
+        assert_eq!(kinds(blank), [(2, 1, Kind::Zero), (5, 1, Kind::Own)]);
+        for memory in [mapped, blank] {
+            // SAFETY: mapped above with this length.
+            unsafe { rustix::mm::munmap(memory, len) }.unwrap();
+        }
     }
 }

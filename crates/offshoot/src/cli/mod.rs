@@ -1,6 +1,7 @@
 //! The command line: words, and what is done for each.
 
 mod blobs;
+mod colors;
 mod connect;
 mod disks;
 mod images;
@@ -43,7 +44,7 @@ enum Command {
         /// Name of the VM
         name: String,
     },
-    /// Show memory, fetches and CPU time of VMs
+    /// Show memory, fetches and CPU time of VMs; of a single one also by color
     Stats {
         /// Names of VMs; all that run where absent
         names: Vec<String>,
@@ -54,6 +55,11 @@ enum Command {
         #[arg(long, conflicts_with = "names")]
         node: bool,
     },
+    /// Show what a VM's or a snapshot's memory is for, and where it is; as a map, or live
+    Colors(colors::ColorsArgs),
+    /// Compare what snapshots hold
+    #[command(subcommand)]
+    Dedup(DedupCommand),
     /// Print what a VM's console showed
     Logs {
         /// Name of the VM
@@ -254,6 +260,19 @@ enum SnapshotCommand {
         /// Names, as in web@1
         #[arg(required = true)]
         names: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+enum DedupCommand {
+    /// Show what snapshots share, by color: whose pages stand more than once, in another or in their own
+    Report {
+        /// Names, as in web@1
+        #[arg(required = true)]
+        snapshots: Vec<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -615,6 +634,8 @@ fn run(cli: &Cli) -> Outcome {
         Command::Inspect { name } => vms::inspect(&client, name),
         Command::Stats { json, node: true, .. } => machine::stats(&client, *json),
         Command::Stats { names, json, .. } => vms::stats(&client, names, *json),
+        Command::Colors(args) => colors::colors(&client, args),
+        Command::Dedup(DedupCommand::Report { snapshots, json }) => colors::dedup(&client, snapshots, *json),
         Command::Logs { name, follow, hypervisor } => vms::logs(&client, name, *follow, *hypervisor),
         Command::Console { name } => vms::console(&client, name),
         Command::Stop { names, time } => vms::stop(&client, names, *time),

@@ -2,8 +2,8 @@
 
 use super::{ForkArgs, Outcome, RunArgs, output};
 use api::{
-    BalloonRequest, Client, ClientError, Ended, ForkReply, ForkRequest, From, RunRequest, Snapshot, SnapshotRequest,
-    StopRequest, Vm, VmState, VmStats,
+    BalloonRequest, Client, ClientError, ColorUse, Ended, ForkReply, ForkRequest, From, RunRequest, Snapshot,
+    SnapshotRequest, StopRequest, Vm, VmState, VmStats,
 };
 use base::units::human;
 use std::io::{Read, Write};
@@ -158,8 +158,9 @@ pub(super) fn stats(client: &Client, names: &[String], json: bool) -> Outcome {
     } else {
         names.to_vec()
     };
-    let all: Vec<VmStats> =
-        names.iter().map(|n| client.get(&format!("/v1/vms/{n}/stats"))).collect::<Result<_, _>>()?;
+    let by_color = json || names.len() == 1;
+    let ask = |name: &String| client.get(&format!("/v1/vms/{name}/stats?by_color={by_color}"));
+    let all: Vec<VmStats> = names.iter().map(ask).collect::<Result<_, _>>()?;
     if json {
         output::json(&all);
         return Ok(());
@@ -172,14 +173,33 @@ pub(super) fn stats(client: &Client, names: &[String], json: bool) -> Outcome {
             human(s.shared_bytes),
             counter("ram_faults").to_string(),
             human(counter("ram_fetched_bytes")),
+            human(s.ahead.fetched_bytes),
+            human(s.ahead.wasted_bytes),
             human(counter("disk_read_bytes")),
             human(counter("disk_written_bytes")),
             format!("{:.1} s", s.cpu_s),
         ]
     };
-    let heading = ["NAME", "PRIVATE", "SHARED", "FAULTS", "FETCHED", "DISK READ", "DISK WRITTEN", "CPU"];
+    let heading =
+        ["NAME", "PRIVATE", "SHARED", "FAULTS", "FETCHED", "AHEAD", "WASTED", "DISK READ", "DISK WRITTEN", "CPU"];
     output::table(&heading, &all.iter().map(row).collect::<Vec<_>>());
+    if let [one] = &all[..] {
+        println!();
+        uses(&one.by_color);
+    }
     Ok(())
+}
+
+/// What a VM has and was brought, by color.
+fn uses(rows: &[ColorUse]) {
+    let row = |of: &ColorUse| {
+        let pages = [of.resident, of.private, of.fetched, of.ahead_used, of.ahead_wasted];
+        let bytes = pages.map(|pages| human(pages * base::PAGE));
+        [vec![of.color.clone()], bytes.to_vec()].concat()
+    };
+    let any = |of: &&ColorUse| of.color == "all" || of.resident + of.fetched + of.ahead_used + of.ahead_wasted > 0;
+    let heading = ["COLOR", "RESIDENT", "PRIVATE", "FETCHED", "AHEAD, USED", "AHEAD, WASTED"];
+    output::table(&heading, &rows.iter().filter(any).map(row).collect::<Vec<_>>());
 }
 
 /// Prints a log.

@@ -3,6 +3,7 @@
 //! The node's functions block, so each request runs on a blocking thread; the event loop only moves bytes.
 
 mod blobs;
+mod colors;
 mod console;
 mod long;
 mod routes;

@@ -2,7 +2,7 @@
 
 use super::Daemon;
 use super::long::{Failure, respond};
-use super::{blobs, console, long, stores};
+use super::{blobs, colors, console, long, stores};
 use api::{
     BalloonRequest, BuildRequest, Ended, ForkRequest, ImportRequest, NbdRequest, RunRequest, SnapshotRequest,
     StopRequest, Version,
@@ -44,6 +44,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/images/import", post(import_image))
         .route("/v1/images/{name}", get(inspect_image).delete(remove_image))
         .merge(blobs::router())
+        .merge(colors::router())
         .merge(stores::router())
         .route("/v1/nbd", get(nbd_exports).post(serve_nbd))
         .route("/v1/nbd/{name}", axum::routing::delete(stop_nbd))
@@ -135,8 +136,14 @@ async fn snapshot(State(daemon): Shared, Path(name): Path<String>, Json(request)
     })
 }
 
-async fn vm_stats(State(daemon): Shared, Path(name): Path<String>) -> Answer<api::VmStats> {
-    blocking(daemon, move |d| d.node.vm(&name).and_then(|vm| d.node.stats(&vm))).await.map(Json)
+#[derive(Deserialize)]
+struct StatsOf {
+    #[serde(default)]
+    by_color: bool,
+}
+
+async fn vm_stats(State(daemon): Shared, Path(name): Path<String>, Query(of): Query<StatsOf>) -> Answer<api::VmStats> {
+    blocking(daemon, move |d| d.node.vm(&name).and_then(|vm| d.node.stats(&vm, of.by_color))).await.map(Json)
 }
 
 async fn stop(State(daemon): Shared, Path(name): Path<String>, Json(request): Json<StopRequest>) -> Answer<Value> {
