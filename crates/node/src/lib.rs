@@ -13,6 +13,7 @@ mod foresight;
 pub mod home;
 pub mod image;
 mod images;
+mod layout;
 pub mod lineage;
 pub mod mirror_link;
 mod mirrored;

@@ -67,6 +67,8 @@ pub struct Shared {
     pub(crate) exports: Mutex<BTreeMap<String, ExportRecord>>,
     /// Held by whoever changes those, over all that belongs to the change.
     pub(crate) exporting: Mutex<()>,
+    /// Held while a snapshot is laid down in order: one at a time.
+    pub(crate) arranging: Mutex<()>,
     /// Versions of blobs with local changes.
     pub(crate) files: Files,
 }
@@ -191,6 +193,7 @@ impl Node {
             tagging: Mutex::default(),
             exports: Mutex::default(),
             exporting: Mutex::default(),
+            arranging: Mutex::default(),
             files: Files::default(),
         });
         let committer = Committer::start(&shared)?;

@@ -73,11 +73,7 @@ impl Node {
     }
 
     fn snapshot(&self, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
-        let (vm, tag) = split_snapshot(name)?;
-        let head = snapshot_head(vm, tag);
-        let (manifest, _) = self.shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
-        let meta = meta(&head, &manifest)?;
-        Ok((manifest, meta))
+        snapshot_named(&self.shared, name)
     }
 
     /// Keeps a tag, or the next number, for one snapshot of `name`, until it is dropped; from the freeze on the tag
@@ -208,6 +204,15 @@ impl Node {
         }
         self.shared.mirror.add_ram_committed(id, &map, &version.to_string())
     }
+}
+
+/// A snapshot by name.
+pub(crate) fn snapshot_named(shared: &Shared, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
+    let (vm, tag) = split_snapshot(name)?;
+    let head = snapshot_head(vm, tag);
+    let (manifest, _) = shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
+    let meta = meta(&head, &manifest)?;
+    Ok((manifest, meta))
 }
 
 /// The disk of a snapshot; of several the first.
