@@ -233,6 +233,7 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
         let kernel = &record.origin.kernel;
         for (name, path) in [("kernel", Some(kernel)), ("initrd", record.origin.initrd.as_ref())] {
             if let Some(path) = path {
+                crate::image::ensure_file(&shared.store, path)?;
                 let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
                 versions.insert(name.into(), transaction.put_bytes(&bytes)?);
             }
