@@ -192,6 +192,36 @@ pub struct Snapshot {
     pub generation: u32,
 }
 
+/// `POST /v1/snapshots/{name}/arrange`: where what offshoots of a snapshot touch lies in the store.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotArranged {
+    /// `vm@tag`.
+    pub name: String,
+    /// Pages with content that its recorded offshoots touched.
+    pub pages: u64,
+    /// Pages that were moved; none where their order was good.
+    pub moved: u64,
+    /// Pages left where they lie in the order of another snapshot.
+    pub left: u64,
+    /// Bytes written to the store.
+    pub written_bytes: u64,
+    /// What fetching them took before, from a store far away.
+    pub before: FetchCost,
+    /// What it takes now.
+    pub after: FetchCost,
+}
+
+/// What fetching some pages takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchCost {
+    /// Compressed bytes of the pages, and of what says where they lie, alone.
+    pub bytes: u64,
+    /// Bytes that come with them.
+    pub fetched_bytes: u64,
+    /// Requests.
+    pub requests: u64,
+}
+
 /// The life of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -1,9 +1,12 @@
 //! Where bytes of versions come from: the narrow door to the store.
 
 use crate::control::{StoreState, Warmth};
-use base::ByteRange;
+use base::{ByteRange, PAGE};
 use std::collections::BTreeMap;
 use thiserror::Error;
+
+/// Pages side by side that are read at once.
+pub(crate) const RUN_PAGES: usize = 16;
 
 /// The store, as the mirror sees it.
 ///
@@ -16,6 +19,27 @@ pub trait Versions: Send + Sync {
     /// The bytes are not to be had now ([`VersionError::Unavailable`]) or are not what the version names
     /// ([`VersionError::Corrupt`]); `buf` then holds anything and must not be used.
     fn read_at(&self, version: &str, offset: u64, buf: &mut [u8]) -> Result<u64, VersionError>;
+
+    /// Sorts pages, by their offsets, into groups that lie together and are best read at once, the most wanted first.
+    ///
+    /// # Errors
+    /// As [`Versions::read_at`].
+    fn together(&self, version: &str, pages: &[u64]) -> Result<Vec<Vec<u64>>, VersionError> {
+        let _ = version;
+        Ok(neighbours(pages))
+    }
+
+    /// Looks where versions lie by now: what was laid down anew since is read there from then on.
+    fn look_again(&self) {}
+
+    /// Reads whole pages, by their offsets, and tells `sink` of each; all of a group that [`Versions::together`] made with
+    /// few requests. Returns what [`Versions::read_at`] does.
+    ///
+    /// # Errors
+    /// As [`Versions::read_at`].
+    fn read_pages(&self, version: &str, pages: &[u64], sink: &mut dyn FnMut(u64, &[u8])) -> Result<u64, VersionError> {
+        read_each(self, version, pages, sink)
+    }
 
     /// The ranges within `range` that may be other than zero, ascending and cut to it, without reading their bytes;
     /// and how far the answer reaches: the end of `range`, or less where it would have more than `most` ranges. What
@@ -77,6 +101,38 @@ pub trait Versions: Send + Sync {
     fn blob_versions(&self, _name: &str, _from: u64, _most: usize) -> Result<Vec<u64>, VersionError> {
         Ok(Vec::new())
     }
+}
+
+/// Pages side by side, up to sixteen, are a group.
+pub(crate) fn neighbours(pages: &[u64]) -> Vec<Vec<u64>> {
+    let mut out: Vec<Vec<u64>> = Vec::new();
+    for &page in pages {
+        match out.last_mut() {
+            Some(group) if group.len() < RUN_PAGES && group.last().is_some_and(|last| last + PAGE == page) => {
+                group.push(page);
+            }
+            _ => out.push(vec![page]),
+        }
+    }
+    out
+}
+
+/// [`Versions::read_pages`], neighbours at once.
+pub(crate) fn read_each<V: Versions + ?Sized>(
+    versions: &V,
+    version: &str,
+    pages: &[u64],
+    sink: &mut dyn FnMut(u64, &[u8]),
+) -> Result<u64, VersionError> {
+    let (mut read, mut buf) = (0, Vec::new());
+    for run in neighbours(pages) {
+        buf.resize(run.len() * PAGE as usize, 0);
+        read += versions.read_at(version, run[0], &mut buf)?;
+        for (page, bytes) in run.iter().zip(buf.chunks(PAGE as usize)) {
+            sink(*page, bytes);
+        }
+    }
+    Ok(read)
 }
 
 /// A blob, as the tree shows it.

@@ -6,8 +6,8 @@
 
 use crate::control::{StoreState, Warmth};
 use crate::home::{read_json_or_default, replace_json_durably};
-use crate::resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions};
-use base::ByteRange;
+use crate::resolve::{BlobEntry, BlobVersionEntry, VersionError, Versions, neighbours, read_each};
+use base::{ByteRange, PAGE};
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -161,6 +161,34 @@ impl Versions for StoreVersions {
         read.map(|stat| stat.stored_bytes).map_err(|e| failed(version, offset, &e))
     }
 
+    fn together(&self, version: &str, pages: &[u64]) -> Result<Vec<Vec<u64>>, VersionError> {
+        let (store, parsed) = self.of(version, pages.first().copied().unwrap_or(0))?;
+        if !is_by_page(&parsed, pages) {
+            return Ok(neighbours(pages));
+        }
+        let blocks: Vec<u64> = pages.iter().map(|page| page / PAGE).collect();
+        let spans = store.spans(&parsed, &blocks).map_err(|e| failed(version, pages[0], &e))?;
+        Ok(spans.into_iter().map(|span| span.blocks.iter().map(|block| block * PAGE).collect()).collect())
+    }
+
+    fn look_again(&self) {
+        if let Ok(opened) = self.opened()
+            && let Err(error) = opened.store.look_for_packs()
+        {
+            log::debug!("looking for new packs: {}", with_sources(&error));
+        }
+    }
+
+    fn read_pages(&self, version: &str, pages: &[u64], sink: &mut dyn FnMut(u64, &[u8])) -> Result<u64, VersionError> {
+        let (store, parsed) = self.of(version, pages.first().copied().unwrap_or(0))?;
+        if !is_by_page(&parsed, pages) {
+            return read_each(self, version, pages, sink);
+        }
+        let blocks: Vec<u64> = pages.iter().map(|page| page / PAGE).collect();
+        let read = store.read_blocks(&parsed, &blocks, &mut |block, bytes| sink(block * PAGE, bytes));
+        read.map(|stat| stat.stored_bytes).map_err(|e| failed(version, pages[0], &e))
+    }
+
     fn data_ranges(&self, version: &str, range: ByteRange, most: usize) -> Result<(Vec<ByteRange>, u64), VersionError> {
         let (store, parsed) = self.of(version, range.start)?;
         let inside = ByteRange::new(range.start.min(parsed.size), range.end.min(parsed.size));
@@ -255,6 +283,11 @@ impl Versions for StoreVersions {
         found.truncate(most);
         Ok(found)
     }
+}
+
+/// Whether each of these pages is a block of the version.
+fn is_by_page(version: &Version, pages: &[u64]) -> bool {
+    u64::from(version.block_size) == PAGE && pages.iter().all(|page| page + PAGE <= version.size)
 }
 
 /// What is not there is no error.

@@ -219,7 +219,18 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
     let ram = {
         let base = before.unwrap_or_else(|| shared.store.empty(record.shape.memory_bytes(), 4096));
         let source = ProcessMemory { pid: record.holder.pid, address: record.address };
-        changed(&transaction, &base, &kept.written, &kept.zeroed, &source, &report)?
+        // Nothing is known yet of what offshoots will touch; pages of a color are touched together more than neighbours.
+        let order = coloring.as_ref().filter(|_| record.tag.is_some()).map(|c| c.space());
+        let order: Vec<u64> = order.iter().flat_map(|space| space.order()).map(|&page| page.into()).collect();
+        let changes = Changes {
+            written: &kept.written,
+            zeroed: &kept.zeroed,
+            source: &source,
+            threads: 1,
+            progress: Some(&report),
+            cancel: None,
+        };
+        transaction.commit_in_order(&base, &changes, &order)?.0
     };
     versions.insert(record.shape.ram[0].id.clone(), ram);
     if let Some(coloring) = coloring.as_ref().filter(|c| colors::tell(c)) {
@@ -237,6 +248,7 @@ fn commit(shared: &Arc<Shared>, record: &FreezeRecord, desk: &Desk) -> Result<()
         let kernel = &record.origin.kernel;
         for (name, path) in [("kernel", Some(kernel)), ("initrd", record.origin.initrd.as_ref())] {
             if let Some(path) = path {
+                crate::image::ensure_file(&shared.store, path)?;
                 let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
                 versions.insert(name.into(), transaction.put_bytes(&bytes)?);
             }

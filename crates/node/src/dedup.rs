@@ -62,7 +62,7 @@ impl Tally {
     }
 
     fn add(&mut self, shared: &Shared, number: u16, name: &str) -> Result<()> {
-        let (manifest, meta) = snapshots::of(shared, name)?;
+        let (manifest, meta) = snapshots::snapshot_named(shared, name)?;
         let ram = snapshots::ram_of(name, &manifest, &meta)?;
         let coloring = look::of_snapshot(shared, name, &manifest, &meta)?;
         if coloring.account.basis != Basis::Descriptors {

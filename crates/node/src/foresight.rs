@@ -14,7 +14,7 @@ use mirror::control::Foresee;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use store::{Expect, Manifest};
+use store::{Expect, Manifest, Store};
 
 /// Recordings after which a profile is good enough: recording costs a VM a little.
 const RECORDINGS_ENOUGH: u32 = 8;
@@ -104,7 +104,10 @@ impl Ahead {
                 }
                 let taught = shared.mirror.recording(&vm, true).and_then(|r| add(&shared, &snapshot, id, &r));
                 match taught {
-                    Ok(profile) => log::info!("{snapshot}: {}", profile.describe()),
+                    Ok(profile) => {
+                        log::info!("{snapshot}: {}", profile.describe());
+                        crate::layout::learnt(&shared, &snapshot, &profile);
+                    }
                     Err(error) => log::warn!("what {vm} touched is not kept: {}", error.whole()),
                 }
                 return;
@@ -128,7 +131,7 @@ pub(crate) fn chosen(shared: &Shared, policy: Option<&str>, eager: Option<f32>) 
     Ok((policy, eager.map_err(|why| Error::Invalid(format!("--eager {why}")))?))
 }
 
-fn template(map: &RamMap, profile: Profile, coloring: Option<&Coloring>) -> Template {
+pub(crate) fn template(map: &RamMap, profile: Profile, coloring: Option<&Coloring>) -> Template {
     let pages = map.size() / PAGE;
     let mut stored = Bitmap::new(pages);
     for (range, source) in map.extents() {
@@ -153,17 +156,19 @@ pub(crate) fn profile_head(snapshot: &str) -> String {
 }
 
 /// The profile of a snapshot, empty where there is none, and how its head is to be swapped.
-fn profile_of(shared: &Shared, snapshot: &str, id: u64) -> Result<(Profile, Expect)> {
-    let Some((manifest, etag)) = shared.store.head(&profile_head(snapshot))? else {
+pub(crate) fn profile_of(shared: &Shared, snapshot: &str, id: u64) -> Result<(Profile, Expect)> {
+    profile_in(&shared.store, snapshot, id)
+}
+
+fn profile_in(store: &Store, snapshot: &str, id: u64) -> Result<(Profile, Expect)> {
+    let Some((manifest, etag)) = store.head(&profile_head(snapshot))? else {
         return Ok((Profile::default(), Expect::Absent));
     };
     let none = (Profile::default(), Expect::Etag(etag.clone()));
     let Some(version) = manifest.versions.get("profile").filter(|_| manifest.meta == format!("{id:016x}")) else {
         return Ok(none);
     };
-    let mut bytes = vec![0; version.size as usize];
-    shared.store.read_at(version, 0, &mut bytes)?;
-    match Profile::decode(&bytes) {
+    match Profile::decode(&store.read_whole(version)?) {
         Ok(profile) => Ok((profile, Expect::Etag(etag))),
         Err(error) => {
             log::warn!("{snapshot}: {error}; it is learnt anew");
@@ -185,11 +190,42 @@ fn add(shared: &Shared, snapshot: &str, id: u64, recording: &mirror::control::Re
     loop {
         let (mut profile, expect) = profile_of(shared, snapshot, id)?;
         profile.add(&touches);
-        let transaction = shared.store.begin();
-        let version = transaction.put_bytes(&profile.encode())?;
-        let manifest = Manifest { versions: [("profile".to_owned(), version)].into(), meta: format!("{id:016x}") };
-        match transaction.publish(&profile_head(snapshot), expect, &manifest) {
-            Ok(_) => return Ok(profile),
+        match publish(&shared.store, snapshot, id, expect, &profile) {
+            Ok(()) => return Ok(profile),
+            Err(store::Error::HeadChanged { .. }) if tries < LEARN_TRIES => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn publish(
+    store: &Store,
+    snapshot: &str,
+    id: u64,
+    expect: Expect,
+    profile: &Profile,
+) -> std::result::Result<(), store::Error> {
+    let transaction = store.begin();
+    let version = transaction.put_bytes(&profile.encode())?;
+    let manifest = Manifest { versions: [("profile".to_owned(), version)].into(), meta: format!("{id:016x}") };
+    transaction.publish(&profile_head(snapshot), expect, &manifest).map(drop)
+}
+
+/// The profile of a snapshot in a store, `id` being its id there; empty where there is none.
+pub(crate) fn carried(store: &Store, snapshot: &str, id: u64) -> Result<Profile> {
+    profile_in(store, snapshot, id).map(|(profile, _)| profile)
+}
+
+/// Leaves a profile beside a snapshot that was moved to another store and has `id` there, unless as much is known of it.
+pub(crate) fn carry(store: &Store, snapshot: &str, id: u64, profile: &Profile) -> Result<()> {
+    let mut tries = 1;
+    loop {
+        let (known, expect) = profile_in(store, snapshot, id)?;
+        if known.recordings() >= profile.recordings() {
+            return Ok(());
+        }
+        match publish(store, snapshot, id, expect, profile) {
+            Ok(()) => return Ok(()),
             Err(store::Error::HeadChanged { .. }) if tries < LEARN_TRIES => tries += 1,
             Err(error) => return Err(error.into()),
         }

@@ -15,6 +15,7 @@ mod foresight;
 pub mod home;
 pub mod image;
 mod images;
+mod layout;
 pub mod lineage;
 mod look;
 pub mod mirror_link;

@@ -70,6 +70,8 @@ pub struct Shared {
     pub(crate) exports: Mutex<BTreeMap<String, ExportRecord>>,
     /// Held by whoever changes those, over all that belongs to the change.
     pub(crate) exporting: Mutex<()>,
+    /// Held while a snapshot is laid down in order: one at a time.
+    pub(crate) arranging: Mutex<()>,
     /// Versions of blobs with local changes.
     pub(crate) files: Files,
     /// The colors of VMs that were looked at.
@@ -197,6 +199,7 @@ impl Node {
             tagging: Mutex::default(),
             exports: Mutex::default(),
             exporting: Mutex::default(),
+            arranging: Mutex::default(),
             files: Files::default(),
             looks: Looks::default(),
         });
@@ -242,16 +245,18 @@ impl Node {
         let publish = parse_publish(&request.publish)?;
         let reserved = self.reserve(vec![name.clone()])?;
         let _making = self.shared.making.read().expect("no holder panics");
-        let (record, source) = match &request.from {
+        let vm = match &request.from {
             From::Image(_) if request.prefetch.is_some() || request.eager.is_some() => {
                 return Err(Error::Invalid(
                     "--prefetch and --eager go with --from: a cold boot has no RAM to fetch".into(),
                 ));
             }
-            From::Image(image) => self.boot_record(&name, image, request, publish)?,
-            From::Snapshot(snapshot) => self.snapshot_record(&name, snapshot, request, publish)?,
+            From::Image(image) => {
+                let (record, source) = self.boot_record(&name, image, request, publish)?;
+                self.launch(record, Starting::From(source), since)?.0
+            }
+            From::Snapshot(snapshot) => self.start_from(&name, snapshot, request, publish, since)?.0,
         };
-        let vm = self.launch(record, Starting::From(source), since)?.0;
         reserved.fill(&name, &vm);
         Ok(vm)
     }
@@ -309,7 +314,7 @@ impl Node {
     }
 
     /// Starts a VM under a name that is reserved.
-    fn launch(&self, record: VmRecord, starting: Starting, since: Instant) -> Result<Started> {
+    pub(crate) fn launch(&self, record: VmRecord, starting: Starting, since: Instant) -> Result<Started> {
         let dir = self.shared.home.vm_dir(record.id);
         let started = std::fs::create_dir_all(&dir)
             .map_err(Error::io("make", &dir))
@@ -323,7 +328,7 @@ impl Node {
     }
 
     /// Removes what a VM leaves behind when it is over.
-    fn clear(&self, record: &VmRecord) {
+    pub(crate) fn clear(&self, record: &VmRecord) {
         crate::recover::clear(&self.shared, record);
     }
 
@@ -412,7 +417,7 @@ impl Node {
             let frozen = Arc::new(vm.freeze(id, None)?);
             self.shared.pending.lock().expect("no holder panics").insert(id, frozen.record.clone());
             for offshoot in waiting {
-                let _ = offshoot.send(frozen.clone());
+                let _ = offshoot.send(Source::Frozen(frozen.clone()));
             }
             let mut count = 0;
             progress("starting", count, total);
@@ -446,8 +451,7 @@ impl Node {
         let starting = if early {
             Starting::Meanwhile(coming)
         } else {
-            let frozen = coming.recv().map_err(|_| Error::Conflict("the freeze failed".into()))?;
-            Starting::From(Source::Frozen(frozen))
+            Starting::From(coming.recv().map_err(|_| Error::Conflict("the freeze failed".into()))?)
         };
         self.launch(record, starting, since)
     }
@@ -546,7 +550,7 @@ impl Node {
 }
 
 /// A VM and how long it took to run.
-type Started = (Arc<Vm>, Duration);
+pub(crate) type Started = (Arc<Vm>, Duration);
 
 /// Names kept for VMs under way; those not filled are free again when it is dropped.
 struct Reservation<'a> {

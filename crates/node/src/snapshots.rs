@@ -2,14 +2,21 @@
 
 use crate::error::{Error, Result};
 use crate::foresight::{self, Ahead};
-use crate::node::{Node, Shared, new_uuid};
+use crate::node::{Node, Shared, Started, new_uuid};
 use crate::record::{self, Life, SnapshotMeta, VmRecord};
-use crate::vm::Source;
-use crate::{image, names, sweep};
+use crate::vm::{Source, Starting};
+use crate::{image, names, sweep, sys};
 use api::RunRequest;
 use base::{RamFileId, RamMap};
+use guest::plan::{Eager, Policy};
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
 use vmm::passt::Publish;
+
+/// How long after its start what a VM would boot from again is fetched: its first pages are wanted first.
+const KERNEL_LATER: Duration = Duration::from_secs(15);
 
 impl Node {
     /// Takes a snapshot of a running VM and returns when it is durable.
@@ -73,7 +80,7 @@ impl Node {
     }
 
     fn snapshot(&self, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
-        of(&self.shared, name)
+        snapshot_named(&self.shared, name)
     }
 
     /// Keeps a tag, or the next number, for one snapshot of `name`, until it is dropped; from the freeze on the tag
@@ -103,13 +110,16 @@ impl Node {
         Ok(Tagging { shared: &self.shared, tag, head })
     }
 
-    pub(crate) fn snapshot_record(
+    /// Starts a VM from a snapshot. What is read of it is read side by side, while its hypervisor starts and waits: a
+    /// store may be far away.
+    pub(crate) fn start_from(
         &self,
         name: &str,
         from: &str,
         request: &RunRequest,
         publish: Vec<Publish>,
-    ) -> Result<(VmRecord, Source)> {
+        since: Instant,
+    ) -> Result<Started> {
         if request.memory_bytes.is_some()
             || request.cpus.is_some()
             || request.accelerator.is_some()
@@ -120,26 +130,13 @@ impl Node {
             )));
         }
         let wanted = foresight::chosen(&self.shared, request.prefetch.as_deref(), request.eager)?;
+        // Where nobody asks for it and nothing is far away, a VM is not even watched.
+        let wanted = (request.prefetch.is_some() || self.shared.is_shared()).then_some(wanted);
         let (manifest, meta) = self.snapshot(from)?;
-        let meta = self.adopted(&manifest, meta)?;
         let mut origin = meta.origin.clone();
-        if let Some(files) = image::carried_files(&self.shared.store, &manifest, &self.shared.home.path("kernels"))? {
+        if let Some(files) = image::carried_files(&manifest, &self.shared.home.path("kernels")) {
             (origin.kernel, origin.initrd) = files;
         }
-        let map = RamMap::decode(&meta.map).map_err(|reason| Error::Invalid(format!("{from}: {reason}")))?;
-        if map.files().into_keys().all(|file| file.0 == meta.id) {
-            // Known without a look at its tree, which may be far away.
-            self.ensure_ram(meta.id, Some(&map), map.size())?;
-        } else {
-            for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
-                self.ensure_ram(id, None, map.size())?;
-            }
-        }
-        let disks: Vec<store::Version> =
-            meta.shape.disks.iter().filter_map(|d| manifest.versions.get(&d.id).copied()).collect();
-        let device_version = manifest.versions["device"];
-        let mut device_state = vec![0; device_version.size as usize];
-        self.shared.store.read_at(&device_version, 0, &mut device_state)?;
         let record = VmRecord {
             id: self.shared.home.new_id()?,
             name: name.to_owned(),
@@ -154,18 +151,93 @@ impl Node {
             generation_id: new_uuid()?,
             life: Life::Starting,
         };
-        let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied()).collect();
-        self.pin(record.id, versions)?;
-        let dir = self.shared.home.vm_dir(record.id);
+        let (here, coming) = sync_channel(1);
+        let started = std::thread::scope(|scope| {
+            let launching = scope.spawn(|| self.launch(record.clone(), Starting::Meanwhile(coming), since));
+            let source = self.source_from(&record, from, (&manifest, meta), wanted);
+            // One that waits learns of a failure from the end of its channel.
+            let failed = source.map(|source| here.send(source)).err();
+            drop(here);
+            let launched = launching.join().unwrap_or(Err(Error::ShuttingDown));
+            failed.map_or(launched, Err)
+        });
+        match &started {
+            Ok(_) => self.bring_kernel(&record),
+            // Either may have left something after the other had cleared it away.
+            Err(_) => self.clear(&record),
+        }
+        started
+    }
+
+    /// Fetches what a VM starts from.
+    fn source_from(
+        &self,
+        record: &VmRecord,
+        from: &str,
+        (manifest, meta): (&store::Manifest, SnapshotMeta),
+        wanted: Option<(Policy, Eager)>,
+    ) -> Result<Source> {
+        let shared = &self.shared;
+        let disks: Vec<store::Version> =
+            meta.shape.disks.iter().filter_map(|d| manifest.versions.get(&d.id).copied()).collect();
+        let device_version = manifest.versions["device"];
+        let dir = shared.home.vm_dir(record.id);
         std::fs::create_dir_all(&dir).map_err(Error::io("make", &dir))?;
-        let device = dir.join("device");
-        std::fs::write(&device, device_state).map_err(Error::io("write", &device))?;
-        let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
-        let disks = disks.iter().map(ToString::to_string).collect();
-        // Where nobody asks for it and nothing is far away, a VM is not even watched.
-        let asked = request.prefetch.is_some() || self.shared.is_shared();
-        let ahead = asked.then(|| Ahead::prepare(&self.shared, (from, &manifest, &meta), &start, &dir, wanted));
-        Ok((record, Source::Snapshot { ram: meta.id, map: start, device, disks, ahead }))
+        let bad_map = |reason| Error::Invalid(format!("{from}: {reason}"));
+        let frozen_map = RamMap::decode(&meta.map).map_err(bad_map)?;
+        std::thread::scope(|scope| {
+            let device_state = scope.spawn(|| shared.store.read_whole(&device_version));
+            let pinned = scope.spawn(|| {
+                let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied());
+                self.pin(record.id, versions.collect())
+            });
+            let ahead = wanted.map(|wanted| {
+                let (meta, map, dir) = (&meta, &frozen_map, &dir);
+                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, wanted))
+            });
+            let meta = self.adopted(manifest, meta.clone())?;
+            let map = RamMap::decode(&meta.map).map_err(bad_map)?;
+            if map.files().into_keys().all(|file| file.0 == meta.id) {
+                // Known without a look at its tree, which may be far away.
+                self.ensure_ram(meta.id, Some(&map), map.size())?;
+            } else {
+                for id in map.files().into_keys().map(|f| f.0).chain([meta.id]) {
+                    self.ensure_ram(id, None, map.size())?;
+                }
+            }
+            let device = dir.join("device");
+            let device_state = device_state.join().map_err(|_| Error::ShuttingDown)??;
+            std::fs::write(&device, device_state).map_err(Error::io("write", &device))?;
+            pinned.join().map_err(|_| Error::ShuttingDown)??;
+            let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
+            let ahead = ahead.and_then(|ahead| ahead.join().ok());
+            let disks = disks.iter().map(ToString::to_string).collect();
+            Ok(Source::Snapshot { ram: meta.id, map: start, device, disks, ahead })
+        })
+    }
+
+    /// Brings what a VM would boot from again, once it has had time to become warm. Where that is not done when it is
+    /// needed, it is brought then.
+    fn bring_kernel(&self, record: &VmRecord) {
+        let files = [Some(record.origin.kernel.clone()), record.origin.initrd.clone()];
+        let missing: Vec<_> = files.into_iter().flatten().filter(|file| !file.exists()).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let shared = Arc::downgrade(&self.shared);
+        let bring = move || {
+            sys::lowest_priority();
+            std::thread::sleep(KERNEL_LATER);
+            let Some(shared) = shared.upgrade() else { return };
+            for file in missing {
+                if let Err(error) = image::ensure_file(&shared.store, &file) {
+                    log::warn!("{} is fetched when a VM boots from it: {error}", file.display());
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("vm-kernel".into()).spawn(bring) {
+            log::warn!("the kernel of {} is fetched when it boots again: {error}", record.name);
+        }
     }
 
     /// Makes a snapshot that was not frozen on this node one of its own freezes, so that its memory is kept for what
@@ -207,7 +279,7 @@ impl Node {
 }
 
 /// A snapshot by name.
-pub(crate) fn of(shared: &Shared, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
+pub(crate) fn snapshot_named(shared: &Shared, name: &str) -> Result<(store::Manifest, SnapshotMeta)> {
     let (vm, tag) = split_snapshot(name)?;
     let head = snapshot_head(vm, tag);
     let (manifest, _) = shared.store.head(&head)?.ok_or_else(|| no_snapshot(name))?;
@@ -223,7 +295,7 @@ pub(crate) fn ram_of(name: &str, manifest: &store::Manifest, meta: &SnapshotMeta
 
 /// The disk of a snapshot; of several the first.
 pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<store::Version> {
-    let (manifest, meta) = of(shared, name)?;
+    let (manifest, meta) = snapshot_named(shared, name)?;
     let shape = meta.shape;
     let disk = shape.disks.iter().find_map(|disk| manifest.versions.get(&disk.id).copied());
     disk.ok_or_else(|| Error::NotFound(format!("the machine of {name} has no disk")))

@@ -5,9 +5,10 @@ use crate::node::Node;
 use crate::record::SnapshotMeta;
 use crate::shared::{heads_of_gone, nodes};
 use crate::snapshots::meta;
-use crate::sweep;
+use crate::{foresight, layout, sweep};
 use api::{Credentials, GcPack, GcReply, GcRequest, Moved, RemoteRequest, Stored, TransferRequest};
 use base::{RamFileId, RamMap, Source};
+use guest::plan::Profile;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -126,6 +127,9 @@ impl Node {
         }
         for head in &drops {
             store.delete_head(head)?;
+            if let Some(snapshot) = head.strip_prefix("snap/") {
+                store.delete_head(&foresight::profile_head(snapshot))?;
+            }
         }
         if other.is_some() || self.shared.is_shared() {
             if other.is_none() {
@@ -179,14 +183,23 @@ impl Node {
             Some(meta) => described(to, arrived, meta),
         };
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(8);
+        let learnt = learnt(from, head);
+        let order = learnt.as_ref().map(|l| BTreeMap::from([(l.ram.clone(), l.order.clone())]));
         let options = Options {
             expect: Expect::Any,
             threads,
             describe: Some(&describe),
+            order: order.unwrap_or_default(),
             progress: Some(&step),
             ..Options::default()
         };
         let done = transfer(from, head, to, head, &options)?;
+        if let Some(learnt) = learnt {
+            let id = fresh.map_or(learnt.id, |meta| meta.id);
+            if let Err(error) = foresight::carry(to, name, id, &learnt.profile) {
+                log::warn!("what is known of {name} stays behind: {}", error.whole());
+            }
+        }
         Ok(Moved {
             name: name.to_owned(),
             blocks_read: done.blocks_read,
@@ -202,6 +215,31 @@ impl Node {
         meta.views = meta.views.iter().map(|_| self.shared.home.new_id()).collect::<Result<_>>()?;
         Ok(meta)
     }
+}
+
+/// What is known of a snapshot, to go with it.
+struct Learnt {
+    id: u64,
+    profile: Profile,
+    /// The blob of its RAM, and the blocks of it that are to lie first.
+    ram: String,
+    order: Vec<u64>,
+}
+
+/// Nothing where `head` is no snapshot, or where it cannot be read: that costs speed and nothing else.
+fn learnt(from: &Store, head: &str) -> Option<Learnt> {
+    let name = head.strip_prefix("snap/")?;
+    let found = || -> Result<Option<Learnt>> {
+        let Some((manifest, _)) = from.head(head)? else { return Ok(None) };
+        let meta = meta(head, &manifest)?;
+        let profile = foresight::carried(from, name, meta.id)?;
+        let (_, order) = layout::order(&manifest, &meta, profile.clone())?;
+        Ok(Some(Learnt { id: meta.id, profile, ram: meta.shape.ram[0].id.clone(), order }))
+    };
+    found().unwrap_or_else(|error| {
+        log::warn!("what is known of {name} stays behind: {}", error.whole());
+        None
+    })
 }
 
 /// The description of a snapshot that arrives: its RAM is one file, that of its id.

@@ -27,6 +27,11 @@ fn offshoot(host: &TestHost, name: &str, policy: &str) -> Outcome<(u64, Option<V
     Ok(counted)
 }
 
+fn refuses(host: &TestHost, words: &[&str], why: &str) {
+    let error = host.command(words).unwrap_err().to_string();
+    assert!(error.contains(why), "{words:?}: {error}");
+}
+
 #[test]
 fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
     let host = host("foresight");
@@ -35,10 +40,7 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
     host.command(&["rm", "--force", "web"])?;
     drop(guest);
 
-    let refused = |words: &[&str], why: &str| {
-        let error = host.command(words).unwrap_err().to_string();
-        assert!(error.contains(why), "{words:?}: {error}");
-    };
+    let refused = |words: &[&str], why: &str| refuses(&host, words, why);
     refused(&["run", "--from", "web@1", "--prefetch", "magic"], "not a prefetch policy");
     refused(&["run", "--from", "web@1", "--eager", "7"], "from 0 to 1");
     refused(&["run", "debian", "--prefetch", "auto"], "--from");
@@ -55,6 +57,16 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
         Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains("touched in 1 recordings"))
     })?;
     host.command(&["rm", "--force", "teacher"])?;
+    eventually("what it touched is laid down in order", || {
+        Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains("pages moved; fetching"))
+    })?;
+    let told = host.command(&["snapshot", "arrange", "web@1", "--json"])?;
+    let told: api::SnapshotArranged = serde_json::from_str(&told)?;
+    assert!(told.pages > 256 && told.moved == told.pages && told.left == 0, "{told:?}");
+    assert!(told.after.fetched_bytes * 100 <= told.after.bytes * 125 + (128 << 10) * 100, "{told:?}");
+    refused(&["snapshot", "arrange", "web@2"], "no snapshot is named web@2");
+    let verified: Value = serde_json::from_str(&host.command(&["fsck", "--json"])?)?;
+    assert_eq!(verified["faults"].as_array().map(Vec::len), Some(0), "{verified}");
 
     let (faults, stream) = offshoot(&host, "taught", "twinkle:64,4")?;
     let stream = stream.ok_or("something was fetched ahead")?;
@@ -64,5 +76,18 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
     let (faults, stream) = offshoot(&host, "full", "all")?;
     let fetched = stream.ok_or("all was fetched ahead")?["fetched_bytes"].as_u64();
     assert!(faults <= alone && fetched > Some(MEMORY / 16), "{faults} faults, {fetched:?} bytes");
+
+    // What was learnt goes with the snapshot.
+    let between = host.home.join("between").display().to_string();
+    host.command(&["push", "--to", &between, "web@1"])?;
+    let other = common::host("foresight-there");
+    refuses(&other, &["snapshot", "arrange", "web@1"], "no snapshot is named web@1");
+    other.command(&["pull", "--from", &between, "web@1"])?;
+    let told: api::SnapshotArranged =
+        serde_json::from_str(&other.command(&["snapshot", "arrange", "web@1", "--json"])?)?;
+    assert!(told.pages > 256, "{told:?}");
+    let (faults, stream) = offshoot(&other, "there", "twinkle:64,4")?;
+    let fetched = stream.ok_or("something was fetched ahead")?["fetched_bytes"].as_u64();
+    assert!(fetched > Some(1 << 20) && faults * 3 < alone, "{faults} faults, {alone} without; {fetched:?} bytes");
     Ok(())
 }

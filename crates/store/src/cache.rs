@@ -95,6 +95,17 @@ impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
     }
 }
 
+impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
+    /// The value of `key`, where it is here.
+    pub(crate) fn peek(&self, key: &K, hash: u64) -> Option<V> {
+        let shard = self.shard(hash);
+        let slot = shard.slots.get(key)?;
+        let value = slot.value.get()?;
+        slot.used.store(true, Ordering::Relaxed);
+        Some(value.clone())
+    }
+}
+
 impl<K: Hash + Eq + Copy, V> Cache<K, V> {
     /// Drops the value of `key`; who has it keeps it.
     pub(crate) fn forget(&self, key: &K, hash: u64) {

@@ -114,14 +114,18 @@ pub(crate) struct Pack {
     pub(crate) orphan: AtomicBool,
     /// In a shared store: the record condemns it, so nothing new may rely on it.
     pub(crate) condemned: AtomicBool,
+    /// As [`Index::laid_for`].
+    laid_for: AtomicU32,
     /// Frames were given up in memory that the index on the medium still lists, or that still take space.
     pub(crate) stale: AtomicBool,
 }
 
 impl Pack {
     /// A pack that is on the medium.
-    pub(crate) fn sealed(handle: u32, id: PackId, frames: Vec<FrameInfo>) -> Self {
-        Self::new(handle, id, frames, None)
+    pub(crate) fn sealed(handle: u32, id: PackId, index: &Index) -> Self {
+        let pack = Self::new(handle, id, index.frames.clone(), None);
+        pack.laid_for.store(index.laid_for, Ordering::Relaxed);
+        pack
     }
 
     /// A pack to be written, whose header `upload` holds already.
@@ -141,6 +145,7 @@ impl Pack {
             unentered: AtomicU32::new(0),
             orphan: AtomicBool::new(false),
             condemned: AtomicBool::new(false),
+            laid_for: AtomicU32::new(0),
             stale: AtomicBool::new(false),
         }
     }
@@ -151,6 +156,11 @@ impl Pack {
 
     pub(crate) fn frame(&self, number: u32) -> Option<FrameInfo> {
         self.frames.read().expect("no panic while frames are locked").get(number as usize).copied()
+    }
+
+    /// The frame behind which the pack ends.
+    pub(crate) fn last_frame(&self) -> Option<FrameInfo> {
+        self.frames.read().expect("no panic while frames are locked").last().copied()
     }
 
     pub(crate) fn frames(&self) -> Vec<FrameInfo> {
@@ -227,6 +237,19 @@ impl Pack {
         *guard = None;
         self.sealed.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// As [`Index::laid_for`].
+    pub(crate) fn laid_for(&self) -> u32 {
+        self.laid_for.load(Ordering::Relaxed)
+    }
+
+    /// Says for which version it is laid down; before it is sealed.
+    pub(crate) fn lay_for(&self, tag: u32) {
+        if let Some(writer) = self.writer().as_mut() {
+            writer.index.laid_for = tag;
+            self.laid_for.store(tag, Ordering::Relaxed);
+        }
     }
 
     /// Ends an unsealed pack; returns the names in it, and whether its objects may be visible already. `None`

@@ -1,7 +1,8 @@
 //! Committing changes of one blob: read, hash, deduplicate, frame, pack, and make the new nodes of its tree.
 //!
 //! Changes stream through in ascending order, a batch of a few MiB at a time, so memory does not follow their
-//! amount. Within a batch reading, hashing and compressing run on as many threads as were asked for; the
+//! amount. Blocks for which an order is given are stored before that, in that order, and wait by name (48 bytes each)
+//! for their turn in the tree. Within a batch reading, hashing and compressing run on as many threads as were asked for; the
 //! decisions between them (what is new?) are made by one, under the ledger.
 
 use crate::error::Error;
@@ -13,7 +14,7 @@ use crate::store::Store;
 use crate::transaction::Transaction;
 use crate::tree::{Update, Updated};
 use base::ByteRange;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -66,6 +67,9 @@ pub struct CommitStat {
     pub stored_bytes: u64,
 }
 
+/// More blocks than this are not laid down in an order that is given, so that what waits takes 48 MiB at most.
+const ORDERED_MAX: usize = 1 << 20;
+
 /// A run of blocks to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Step {
@@ -81,13 +85,28 @@ impl Transaction<'_> {
     /// The base is unknown; the ranges are no whole ascending blocks; the source fails; the medium is full or
     /// fails; the caller cancelled. Nothing is kept then.
     pub fn commit(&self, base: &Version, changes: &Changes<'_>) -> Result<(Version, CommitStat), Error> {
+        self.commit_in_order(base, changes, &[])
+    }
+
+    /// As [`Transaction::commit`], with new blocks laid down in `order`: numbers of blocks, those first that are likely to
+    /// be read first; up to a million of them count. Written blocks that it does not name follow, ascending. Numbers
+    /// that are not written, or come twice, mean nothing.
+    ///
+    /// # Errors
+    /// As [`Transaction::commit`].
+    pub fn commit_in_order(
+        &self,
+        base: &Version,
+        changes: &Changes<'_>,
+        order: &[u64],
+    ) -> Result<(Version, CommitStat), Error> {
         let store = self.store;
         store.writable("commit")?;
         self.enrol()?;
         let steps = plan(base, changes)?;
         // Holds the base while its unchanged subtrees are taken over.
         store.acquire(&mut store.ledger(), base.root, base.height())?;
-        let done = Job::new(self, base, changes).and_then(|mut job| match job.run(&steps) {
+        let done = Job::new(self, base, changes).and_then(|mut job| match job.run(&steps, order) {
             Ok(updated) => Ok((updated, job.stat)),
             Err(error) => {
                 job.abandon();
@@ -129,6 +148,23 @@ struct New {
     entered: bool,
 }
 
+/// What goes into the tree between the blocks of a batch.
+enum Between {
+    /// These become zero.
+    Zero(Range<u64>),
+    /// This one was stored before its turn.
+    Ahead(u64, Laid),
+}
+
+/// What became of a block that was handled before its turn.
+#[derive(Clone, Copy)]
+enum Laid {
+    Unchanged,
+    Zero,
+    /// It is in a pack, and a reference on it waits to be passed on.
+    Stored(Name),
+}
+
 /// One batch of written blocks.
 #[derive(Default)]
 struct Batch {
@@ -136,8 +172,8 @@ struct Batch {
     data: Vec<u8>,
     fates: Vec<Fate>,
     new: Vec<New>,
-    /// Ranges to make zero, each before the block at this place in the batch.
-    zeroed: VecDeque<(usize, Range<u64>)>,
+    /// Each before the block at this place in the batch.
+    between: VecDeque<(usize, Between)>,
     /// Blocks whose references passed on to the tree.
     passed: usize,
 }
@@ -150,6 +186,8 @@ struct Job<'a> {
     update: Update<'a, Store>,
     sink: NodeSink<'a>,
     batch: Batch,
+    /// Blocks stored before their turn, ascending, from the next one on.
+    ahead: VecDeque<(u64, Laid)>,
     done: u64,
     total: u64,
     stat: CommitStat,
@@ -165,6 +203,7 @@ impl<'a> Job<'a> {
             update: Update::new(tx.store, tree_of(base))?,
             sink: NodeSink::new(tx),
             batch: Batch::default(),
+            ahead: VecDeque::new(),
             done: 0,
             total: changes.written.iter().map(ByteRange::len).sum(),
             stat: CommitStat::default(),
@@ -176,17 +215,26 @@ impl<'a> Job<'a> {
     }
 
     /// Applies the steps. On failure the caller abandons the job.
-    fn run(&mut self, steps: &[Step]) -> Result<Updated, Error> {
+    fn run(&mut self, steps: &[Step], order: &[u64]) -> Result<Updated, Error> {
         let batch_blocks = (BATCH_BYTES * self.changes.threads.clamp(1, 4) / self.block_size()).max(1);
+        self.store_ahead(steps, order, batch_blocks)?;
         for step in steps {
             if !step.written {
-                self.batch.zeroed.push_back((self.batch.numbers.len(), step.blocks.clone()));
+                self.batch.between.push_back((self.batch.numbers.len(), Between::Zero(step.blocks.clone())));
                 continue;
             }
             let mut at = step.blocks.start;
             while at < step.blocks.end {
+                if self.ahead.front().is_some_and(|(number, _)| *number == at)
+                    && let Some((number, laid)) = self.ahead.pop_front()
+                {
+                    self.batch.between.push_back((self.batch.numbers.len(), Between::Ahead(number, laid)));
+                    at += 1;
+                    continue;
+                }
                 let room = (batch_blocks - self.batch.numbers.len()) as u64;
-                let end = step.blocks.end.min(at + room);
+                let next = self.ahead.front().map_or(u64::MAX, |(number, _)| *number);
+                let end = step.blocks.end.min(at + room).min(next);
                 self.batch.numbers.extend(at..end);
                 at = end;
                 if self.batch.numbers.len() == batch_blocks {
@@ -206,14 +254,53 @@ impl<'a> Job<'a> {
         Ok(updated)
     }
 
+    /// Stores the written blocks that `order` names, in this order; they go into the tree when their turn comes.
+    fn store_ahead(&mut self, steps: &[Step], order: &[u64], batch_blocks: usize) -> Result<(), Error> {
+        let is_written = |block: &u64| {
+            let at = steps.partition_point(|step| step.blocks.end <= *block);
+            steps.get(at).is_some_and(|step| step.written && step.blocks.contains(block))
+        };
+        let mut met: HashSet<u64> = HashSet::new();
+        let order = order.iter().copied().filter(is_written).filter(|block| met.insert(*block));
+        let order: Vec<u64> = order.take(ORDERED_MAX).collect();
+        drop(met);
+        for blocks in order.chunks(batch_blocks) {
+            self.batch.numbers.extend_from_slice(blocks);
+            self.store_batch()?;
+            for (number, fate) in self.batch.numbers.iter().zip(&self.batch.fates) {
+                let laid = match fate {
+                    Fate::Unchanged => Laid::Unchanged,
+                    Fate::Zero => Laid::Zero,
+                    Fate::Known(name) => Laid::Stored(*name),
+                    Fate::New(new) => Laid::Stored(self.batch.new[*new].name),
+                };
+                self.ahead.push_back((*number, laid));
+            }
+            self.batch.passed = blocks.len();
+            self.next_batch();
+        }
+        self.ahead.make_contiguous().sort_unstable_by_key(|(number, _)| *number);
+        Ok(())
+    }
+
     fn flush_batch(&mut self) -> Result<(), Error> {
+        self.store_batch()?;
+        self.pass_on()?;
+        self.next_batch();
+        Ok(())
+    }
+
+    /// Brings the blocks of the batch into packs, each with its references.
+    fn store_batch(&mut self) -> Result<(), Error> {
         if self.changes.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
             return Err(Error::Cancelled);
         }
         let hashed = self.read_and_hash()?;
         self.decide(&hashed)?;
-        self.store_new()?;
-        self.pass_on()?;
+        self.store_new()
+    }
+
+    fn next_batch(&mut self) {
         let blocks = self.batch.numbers.len() as u64;
         self.stat.blocks += blocks;
         self.done = (self.done + blocks * self.block_size() as u64).min(self.total);
@@ -221,7 +308,6 @@ impl<'a> Job<'a> {
         if let Some(progress) = self.changes.progress {
             progress(self.done, self.total);
         }
-        Ok(())
     }
 
     /// Fills the batch from the source. `None` for zero blocks.
@@ -314,9 +400,20 @@ impl<'a> Job<'a> {
     fn pass_on(&mut self) -> Result<(), Error> {
         loop {
             let at = self.batch.passed;
-            while self.batch.zeroed.front().is_some_and(|(before, _)| *before <= at) {
-                let (_, range) = self.batch.zeroed.pop_front().expect("looked at above");
-                self.update.zero(range, &mut self.sink)?;
+            while self.batch.between.front().is_some_and(|(before, _)| *before <= at) {
+                let (zeroed, stored) = match &self.batch.between[0].1 {
+                    Between::Zero(range) => (Some(range.clone()), None),
+                    Between::Ahead(number, Laid::Zero) => (Some(*number..number + 1), None),
+                    Between::Ahead(_, Laid::Unchanged) => (None, None),
+                    Between::Ahead(number, Laid::Stored(name)) => (None, Some((*number, *name))),
+                };
+                if let Some(range) = zeroed {
+                    self.update.zero(range, &mut self.sink)?;
+                }
+                if let Some((number, name)) = stored {
+                    self.put_in_tree(number, name)?;
+                }
+                self.batch.between.pop_front();
             }
             let Some(&fate) = self.batch.fates.get(at) else { return Ok(()) };
             let number = self.batch.numbers[at];
@@ -330,17 +427,32 @@ impl<'a> Job<'a> {
                 Fate::New(new) => Some(self.batch.new[new].name),
             };
             if let Some(name) = name {
-                let taken = self.update.set(number, name, &mut self.sink)?;
-                assert!(taken, "a block that has this name already was found unchanged before");
+                self.put_in_tree(number, name)?;
             }
             self.batch.passed += 1;
         }
+    }
+
+    /// The block's reference passes to the tree.
+    fn put_in_tree(&mut self, number: u64, name: Name) -> Result<(), Error> {
+        let taken = self.update.set(number, name, &mut self.sink)?;
+        assert!(taken, "a block that has this name already was found unchanged before");
+        Ok(())
     }
 
     /// Gives back every reference taken so far.
     fn abandon(&mut self) {
         self.sink.abandon(self.update.abandon());
         let mut ledger = self.store.ledger();
+        let between = self.batch.between.drain(..).filter_map(|(_, between)| match between {
+            Between::Ahead(_, laid) => Some(laid),
+            Between::Zero(_) => None,
+        });
+        for laid in between.chain(self.ahead.drain(..).map(|(_, laid)| laid)) {
+            if let Laid::Stored(name) = laid {
+                self.store.release(&mut ledger, name, 0);
+            }
+        }
         for fate in &self.batch.fates[self.batch.passed..] {
             match fate {
                 Fate::Known(name) => self.store.release(&mut ledger, *name, 0),

@@ -110,7 +110,9 @@ impl Store {
                 waste += u64::from(info.stored) * u64::from(info.items - live) / u64::from(info.items);
                 sparse.insert((*handle, number), info.kind);
             }
-            if living().map(|((info, _), _)| u64::from(info.stored)).sum::<u64>() < SMALL_BYTES {
+            // Those laid down for a version have an order of their own, and as many as there are such versions.
+            let is_laid = self.catalog.pack(*handle).is_some_and(|pack| pack.laid_for() != 0);
+            if !is_laid && living().map(|((info, _), _)| u64::from(info.stored)).sum::<u64>() < SMALL_BYTES {
                 small.push(*handle);
                 in_small.extend(living().map(|((info, _), number)| ((*handle, number), info.kind)));
             }

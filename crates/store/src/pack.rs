@@ -77,6 +77,14 @@ impl PackId {
 pub(crate) struct Index {
     pub(crate) frames: Vec<FrameInfo>,
     pub(crate) names: Vec<Name>,
+    /// For which version its frames were laid down in order ([`layout_tag`]); 0 for none. A hint: nothing but the
+    /// choice of what to move depends on it.
+    pub(crate) laid_for: u32,
+}
+
+/// What an index says of the version that its pack was laid down for: the start of the root's name, never 0.
+pub(crate) fn layout_tag(root: &Name) -> u32 {
+    u32::from_le_bytes(root.0[..4].try_into().expect("four bytes")).max(1)
 }
 
 impl Index {
@@ -98,7 +106,7 @@ impl Index {
 
     /// The same index with the frames that `keep` refuses given up: they keep their number and place.
     pub(crate) fn without(&self, keep: impl Fn(u32) -> bool) -> Self {
-        let mut out = Self::default();
+        let mut out = Self { laid_for: self.laid_for, ..Self::default() };
         for (number, info, names) in self.items() {
             if keep(number) {
                 out.frames.push(*info);
@@ -127,7 +135,7 @@ impl Index {
         out.extend_from_slice(&id.sequence.to_le_bytes());
         out.extend_from_slice(&id.random.to_le_bytes());
         out.extend_from_slice(&(self.names.len() as u32).to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&self.laid_for.to_le_bytes());
         for frame in &self.frames {
             let nodes = if frame.kind == Kind::Nodes { FLAG_NODES } else { 0 };
             let compressed = if frame.compressed { FLAG_COMPRESSED } else { 0 };
@@ -172,7 +180,7 @@ impl Index {
             return wrong(12, "the counts do not fit the length");
         }
         let (records, name_bytes) = body[INDEX_HEADER..].split_at(FRAME_RECORD * frames);
-        let mut out = Self::default();
+        let mut out = Self { laid_for: u32_at(36), ..Self::default() };
         let mut at = HEADER_BYTES;
         for (number, record) in records.chunks_exact(FRAME_RECORD).enumerate() {
             let info = decode_frame(record.try_into().expect("whole records"));

@@ -33,15 +33,15 @@ pub struct ReadStat {
 }
 
 /// An item found, in its frame.
-struct Item {
+pub(crate) struct Item {
     frame: Arc<Frame>,
     slot: usize,
     /// Bytes read from the pack for it; 0 when the frame was cached.
-    stored: u64,
+    pub(crate) stored: u64,
 }
 
 impl Item {
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         self.frame.item(self.slot).expect("checked when it was found")
     }
 }
@@ -51,11 +51,9 @@ impl Nodes for Store {
 
     fn load(&self, name: &Name, height: u8) -> Result<Arc<Node>, Error> {
         self.counters.nodes_loaded.fetch_add(1, Ordering::Relaxed);
-        let hash = u64::from(name.0[1]);
-        let weigh = |node: &Arc<Node>| 32 * node.names().len() + 160;
         // A commit walks trees too, and in a shared store others move and remove what it walks.
         let read = || if self.is_shared() { self.refreshed(|| self.read_node(name)) } else { self.read_node(name) };
-        let (node, _) = self.nodes.get(*name, hash, weigh, read)?;
+        let (node, _) = self.nodes.get(*name, node_hash(name), weigh_node, read)?;
         if node.height() == height { Ok(node) } else { Err(Error::Unknown { kind: "node", name: *name }) }
     }
 }
@@ -259,7 +257,12 @@ impl Store {
     }
 
     /// Finds an item and checks it against its name. `last` is the frame used before: neighbours share it.
-    fn item(&self, kind: &'static str, name: &Name, last: &mut Option<(Location, Arc<Frame>)>) -> Result<Item, Error> {
+    pub(crate) fn item(
+        &self,
+        kind: &'static str,
+        name: &Name,
+        last: &mut Option<(Location, Arc<Frame>)>,
+    ) -> Result<Item, Error> {
         let mut distrusted = false;
         loop {
             let location = self.catalog.find(name).ok_or(Error::Unknown { kind, name: *name })?;
@@ -376,8 +379,18 @@ impl Store {
 }
 
 /// Picks the shard of a frame.
-fn frame_hash(location: Location) -> u64 {
+pub(crate) fn frame_hash(location: Location) -> u64 {
     u64::from(location.frame).wrapping_add(u64::from(location.pack) * 7)
+}
+
+/// Picks the shard of a node.
+pub(crate) fn node_hash(name: &Name) -> u64 {
+    u64::from(name.0[1])
+}
+
+/// Bytes that a node keeps in memory.
+pub(crate) fn weigh_node(node: &Arc<Node>) -> usize {
+    32 * node.names().len() + 160
 }
 
 /// The tree of a version.

@@ -285,10 +285,13 @@ impl Transaction<'_> {
     pub(crate) fn publish_shared(&self, head: &str, expect: &Expect, manifest: &Manifest) -> Result<Etag, Error> {
         let store = self.store;
         head::check_name(head)?;
-        // Refuses early what the swap would refuse, before anything is made durable for it.
-        let found = store.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
-        if let Some(found) = expect.refuses(found.map(|(_, etag)| etag).as_ref()) {
-            return Err(Error::HeadChanged { head: head.to_owned(), found });
+        // Refuses early what the swap would refuse, before anything is made durable for it. Where there is nothing to be
+        // made durable, or nothing is refused, it would only cost a request.
+        if self.stored_bytes() > 0 && *expect != Expect::Any {
+            let found = store.engine.head(head).map_err(|error| Error::io("read", head::object(head), error))?;
+            if let Some(found) = expect.refuses(found.map(|(_, etag)| etag).as_ref()) {
+                return Err(Error::HeadChanged { head: head.to_owned(), found });
+            }
         }
         let roots: Vec<(Name, u8)> = manifest.versions.values().map(|v| (v.root, v.height())).collect();
         for (name, height) in &roots {

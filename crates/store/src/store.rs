@@ -394,7 +394,7 @@ impl Store {
     }
 
     fn place_pack(&self, id: PackId, index: &Index) -> Result<(), Error> {
-        let pack = self.catalog.add_pack(|handle| Pack::sealed(handle, id, index.frames.clone()));
+        let pack = self.catalog.add_pack(|handle| Pack::sealed(handle, id, index));
         let Err(error) = self.place_items(&pack, index) else { return Ok(()) };
         self.catalog.remove_pack(pack.handle);
         // The writer may have removed the pack since its index was read.

@@ -39,6 +39,11 @@ impl Appended {
     pub(crate) fn location(&self, slot: usize) -> Location {
         Location { pack: self.pack.handle, frame: self.frame, slot: slot as u8 }
     }
+
+    /// Says for which version the pack is laid down.
+    pub(crate) fn lay_for(&self, tag: u32) {
+        self.pack.lay_for(tag);
+    }
 }
 
 impl Drop for Appended {

@@ -53,6 +53,8 @@ pub struct Options<'a> {
     /// Makes the description of the head that arrives out of that of the head that was sent, and its versions as they
     /// are called here. The same where absent.
     pub describe: Option<&'a Describe<'a>>,
+    /// By blob: numbers of the blocks that are likely to be read first. They are laid down in this order.
+    pub order: BTreeMap<String, Vec<u64>>,
     /// Told after every few MiB.
     pub progress: Option<&'a (dyn Fn(Progress<'_>) + Sync)>,
     /// Looked at all the time: stops the transfer. What was sent by then shortens the next attempt.
@@ -61,7 +63,15 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { expect: Expect::Any, threads: 8, bases: &[], describe: None, progress: None, cancel: None }
+        Self {
+            expect: Expect::Any,
+            threads: 8,
+            bases: &[],
+            describe: None,
+            order: BTreeMap::new(),
+            progress: None,
+            cancel: None,
+        }
     }
 }
 
@@ -185,7 +195,7 @@ fn copy(
         progress: Some(&tell),
         cancel: options.cancel,
     };
-    tx.commit(base, &changes)
+    tx.commit_in_order(base, &changes, options.order.get(blob).map_or(&[], Vec::as_slice))
 }
 
 fn note_name(head: &str) -> String {

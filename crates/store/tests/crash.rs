@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
-use store::{Error, Expect, Mode, Store, Version, engine::Memory, engine::memory::Step};
+use store::{ArrangeOptions, Error, Expect, Mode, Store, Version, engine::Memory, engine::memory::Step};
 
 type Heads = BTreeMap<String, Version>;
 
@@ -57,6 +57,10 @@ fn life(store: &Store, told: &mut dyn FnMut(&Heads, &Heads)) -> BTreeMap<Version
             store.delete_head("snap/1").unwrap();
             step(&mut heads, &|h| _ = h.remove("snap/1"));
         }
+        // Laid down anew, in an order of its own each time.
+        let order: Vec<u64> = (0..60).map(|n| (n * 37 + round * 11) % 150).collect();
+        let always = ArrangeOptions { always: true, ..ArrangeOptions::default() };
+        store.arrange(&version, &order, &always).unwrap();
         store.collect().unwrap();
     }
     contents
@@ -164,6 +168,10 @@ fn killed_writer_process() {
         }
         if next.is_multiple_of(3) {
             store.collect().unwrap();
+            let (manifest, _) = store.head(&format!("n/{next:08}")).unwrap().unwrap();
+            let order: Vec<u64> = (0..30).map(|n| (n * 7 + next) % 60).collect();
+            let always = ArrangeOptions { always: true, ..ArrangeOptions::default() };
+            store.arrange(&manifest.versions["ram"], &order, &always).unwrap();
         }
         next += 1;
     }

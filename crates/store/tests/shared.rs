@@ -19,7 +19,7 @@ use std::thread::sleep;
 use std::time::Duration;
 use store::engine::object::Limits;
 use store::engine::{Engine, Memory, Object, S3, Upload};
-use store::{Error, Etag, Expect, Fate, Mode, Store, Version};
+use store::{ArrangeOptions, Error, Etag, Expect, Fate, Mode, Store, Version};
 
 fn open(engine: &Arc<dyn Engine>, grace_ms: u64) -> Store {
     Store::open_shared(Arc::clone(engine), Duration::from_millis(grace_ms)).unwrap()
@@ -344,12 +344,28 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
+/// Lays some version down anew, in any order; how many blocks. It may be removed meanwhile.
+fn arrange_any(store: &Store, rng: &mut Rng) -> u64 {
+    let heads = store.heads("").unwrap();
+    let Some(head) = heads.get(rng.below(heads.len().max(1) as u64) as usize) else { return 0 };
+    let Some((manifest, _)) = store.head(head).unwrap() else { return 0 };
+    let Some(version) = manifest.versions.values().next() else { return 0 };
+    let blocks = version.blocks();
+    let order: Vec<u64> = (0..blocks / 2).map(|_| rng.below(blocks)).collect();
+    match store.arrange(version, &order, &ArrangeOptions { always: true, ..ArrangeOptions::default() }) {
+        Ok(done) => done.moved,
+        Err(Error::Unknown { .. } | Error::Io { .. }) => 0,
+        Err(error) => panic!("{error}"),
+    }
+}
+
 /// Writers commit the same and different content, some die, heads come and go, and both stores collect all the
 /// while; then everything that a head names is read.
 fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Duration, seed: u64) {
     let common: Vec<Arc<Vec<u8>>> = (0..3).map(|n| Arc::new(Rng(seed + n).mixed(120))).collect();
     let published: Published = Mutex::default();
     let (lost_races, too_slow, removed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let arranged = AtomicU64::new(0);
     for round in 0..rounds {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -361,6 +377,20 @@ fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Durat
                         while !over.load(Ordering::Relaxed) {
                             removed.fetch_add(store.collect().unwrap().packs, Ordering::Relaxed);
                             sleep(Duration::from_millis(20));
+                        }
+                    })
+                })
+                .collect();
+            let arrangers: Vec<_> = stores
+                .iter()
+                .zip(0..)
+                .map(|(store, me)| {
+                    let (over, arranged) = (&over, &arranged);
+                    scope.spawn(move || {
+                        let mut rng = Rng(seed ^ (round << 8) ^ (77 + me));
+                        while !over.load(Ordering::Relaxed) {
+                            arranged.fetch_add(arrange_any(store, &mut rng), Ordering::Relaxed);
+                            sleep(Duration::from_millis(rng.below(60)));
                         }
                     })
                 })
@@ -416,6 +446,7 @@ fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Durat
             sleep(pause);
             over.store(true, Ordering::Relaxed);
             collectors.into_iter().for_each(|collector| collector.join().unwrap());
+            arrangers.into_iter().for_each(|arranger| arranger.join().unwrap());
         });
         let fresh = reopen();
         for store in stores.iter().chain([&fresh]) {
@@ -430,6 +461,7 @@ fn storm(stores: &[Store], reopen: &dyn Fn() -> Store, rounds: u64, pause: Durat
     }
     let removed = removed.into_inner();
     assert!(removed > 0, "the collectors have had time to remove something");
+    assert!(arranged.into_inner() > 0, "something was laid down anew");
     println!(
         "{rounds} rounds: {removed} packs removed, {} races lost, {} commits to be repeated",
         lost_races.into_inner(),
@@ -486,6 +518,7 @@ fn killed_shared_writer_process() {
             // Others may be about to delete the same one.
             let _ = blob.delete_version(number - 10);
             store.collect().unwrap();
+            arrange_any(&store, &mut rng);
         }
     }
 }

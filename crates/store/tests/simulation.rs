@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use store::engine::cached::{CacheOptions, Cached};
 use store::engine::{Engine, Memory};
-use store::{Error, Etag, Expect, Mode, Store, Transaction, Version};
+use store::{ArrangeOptions, Error, Etag, Expect, Mode, Store, Transaction, Version};
 
 /// Seeds that found something once.
 const FOUND: [u64; 3] = [3_826_254_113, 14_763_951_313, 12_626_953_454];
@@ -160,6 +160,9 @@ impl Simulation {
                     if store.collect().is_ok() {
                         self.count("collected");
                     }
+                    if self.rng.below(3) == 0 && !self.dead() {
+                        self.arrange(store);
+                    }
                 }
                 15 => {
                     reader = Store::open_engine(Arc::clone(&self.seen), Mode::ReadOnly).ok();
@@ -181,7 +184,7 @@ impl Simulation {
 
     /// Whether an operation may fail: not unless something was made to go wrong since `before`.
     fn excused(&self, before: u64, error: &Error) {
-        assert!(self.engine.state().injected > before, "it failed without a fault: {error}");
+        assert!(self.engine.state().injected > before, "it failed without a fault: {error:?}");
     }
 
     fn injected(&self) -> u64 {
@@ -218,6 +221,16 @@ impl Simulation {
                 writer.work = Some((version, content.0));
             }
             // A head may have been removed, and what it kept collected, since the base was chosen: not here.
+            Err(error) => self.excused(before, &error),
+        }
+    }
+
+    fn arrange(&mut self, store: &Store) {
+        let Some((_, version)) = self.a_head() else { return };
+        let order: Vec<u64> = (0..1 + self.rng.below(BLOCKS)).map(|_| self.rng.below(BLOCKS)).collect();
+        let before = self.injected();
+        match store.arrange(&version, &order, &ArrangeOptions { always: true, ..ArrangeOptions::default() }) {
+            Ok(_) => self.count("arranged"),
             Err(error) => self.excused(before, &error),
         }
     }
@@ -352,7 +365,17 @@ fn what_was_acknowledged_stays_whatever_fails() {
         simulate(seed).1.into_iter().for_each(|(what, times)| *tally.entry(what).or_default() += times);
     }
     println!("{tally:?}");
-    let things = ["death", "restart", "committed", "published", "publication failed", "removed", "collected", "read"];
+    let things = [
+        "death",
+        "restart",
+        "committed",
+        "published",
+        "publication failed",
+        "removed",
+        "collected",
+        "arranged",
+        "read",
+    ];
     for what in things {
         assert!(tally.get(what).is_some_and(|times| *times > seeds / 8), "too little of `{what}`: {tally:?}");
     }

@@ -6,6 +6,7 @@
 //! grow where what they brought is used and shrink where it is not; a plan that proves wrong is dropped.
 
 use super::policy::{Eager, Policy};
+use super::profile::Entry;
 use super::template::{COLORS, Template, Traits};
 use super::window::Window;
 use super::{Page, Windows};
@@ -183,6 +184,24 @@ impl Planner {
         self.reactive.is_empty() && self.cursor >= self.plan.len()
     }
 
+    /// Whether a fault called for pages that were not given out yet.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        !self.reactive.is_empty()
+    }
+
+    /// The order in which pages of a template that were recorded are best laid down: as `auto` fetches them, and behind
+    /// these, in the same order, those that it leaves to faults.
+    #[must_use]
+    pub fn layout(template: &Template) -> Vec<Page> {
+        let likely = Eager::default().threshold();
+        let by_likelihood = |wanted: bool| {
+            let profile = &template.profile;
+            in_plan_order(template, move |entry| (profile.likelihood(entry) >= likely) == wanted)
+        };
+        [by_likelihood(true), by_likelihood(false)].concat()
+    }
+
     /// By color.
     #[must_use]
     pub fn tallies(&self) -> &[Tally; COLORS] {
@@ -321,6 +340,16 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
     }
 }
 
+/// The recorded pages that `wanted` picks and that have content: by how early they are touched, in steps in which the
+/// time doubles, and by address within.
+fn in_plan_order(template: &Template, wanted: impl Fn(&Entry) -> bool) -> Vec<Page> {
+    let stored = |page: Page| u64::from(page) < template.stored.len() && template.stored.get(page.into());
+    let entries = template.profile.entries().iter().filter(|e| stored(e.page) && wanted(e));
+    let mut known: Vec<(u16, Page)> = entries.map(|e| (e.early / 256, e.page)).collect();
+    known.sort_unstable();
+    known.into_iter().map(|(_, page)| page).collect()
+}
+
 /// All pages at least as likely as the dial asks: those recorded, by how early they are touched, in steps in which the
 /// time doubles and by color space within (so that a layout in this order is read in large pieces); then those that
 /// only their color speaks for.
@@ -331,14 +360,7 @@ fn likely(template: &Template, eager: Eager) -> Vec<Page> {
     }
     let threshold = eager.threshold();
     let profile = &template.profile;
-    let mut known: Vec<(u16, Page)> = profile
-        .entries()
-        .iter()
-        .filter(|e| stored(e.page) && profile.likelihood(e) >= threshold)
-        .map(|e| (e.early / 256, e.page))
-        .collect();
-    known.sort_unstable();
-    let mut out: Vec<Page> = known.into_iter().map(|(_, page)| page).collect();
+    let mut out = in_plan_order(template, |entry| profile.likelihood(entry) >= threshold);
     let chances = chances(template);
     let mut listed = vec![false; template.stored.len() as usize];
     for &page in &out {

@@ -16,19 +16,22 @@ pub(crate) use touched::Member;
 use crate::control::{Foresee, Recording, StreamStats};
 use crate::core::Core;
 use crate::front::pagemap::Pagemap;
+use crate::resolve::neighbours;
 use crate::stats::add;
 use base::{PAGE, RamMap, Source};
-use guest::plan::{Eager, Planner, Policy, Template};
-use std::collections::HashMap;
+use guest::plan::{Eager, Page, Planner, Policy, Template};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
-use stream::Run;
+use stream::Work;
 
 /// Threads that fetch: enough of the pieces that a plan falls into for the longest link to be filled.
 const THREADS: usize = 24;
 /// Between two looks at page tables at first; later a fiftieth of the VM's age.
 const LOOK: Duration = Duration::from_millis(20);
 const LOOK_MAX: Duration = Duration::from_secs(2);
+/// Bytes handed to the kernel at once at most.
+const KEPT_BYTES: usize = crate::resolve::RUN_PAGES * PAGE as usize;
 /// A file that the kernel does not know yet is tried again after this.
 const NOT_YET: Duration = Duration::from_millis(5);
 
@@ -120,8 +123,8 @@ impl Foresight {
         self.bell.notify_all();
     }
 
-    /// A run to fetch, of the stream that has been served least; waits for one.
-    fn next(&self) -> (Arc<Stream>, Run) {
+    /// Work for the stream that has been served least; waits for some.
+    fn next(&self) -> (Arc<Stream>, Work) {
         let mut rung = self.rung.lock().expect("no holder panics");
         loop {
             let heard = *rung;
@@ -129,7 +132,7 @@ impl Foresight {
             let streams: Vec<Arc<Stream>> = self.streams.lock().expect("no holder panics").values().cloned().collect();
             let mut hungry: Vec<_> = streams.into_iter().map(|s| (s.flying(), s)).collect();
             hungry.sort_by_key(|(flying, _)| *flying);
-            if let Some(found) = hungry.into_iter().find_map(|(_, s)| s.take().map(|run| (s, run))) {
+            if let Some(found) = hungry.into_iter().find_map(|(_, s)| s.take().map(|work| (s, work))) {
                 return found;
             }
             rung = self.rung.lock().expect("no holder panics");
@@ -188,44 +191,130 @@ fn fetch_for_ever(core: &Core) {
     if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10) {
         log::warn!("prefetch runs at full priority: {e}");
     }
-    let mut buf = Vec::new();
     loop {
-        let (stream, run) = core.foresight.next();
+        let (stream, work) = core.foresight.next();
         core.demand.give_way();
-        let began = Instant::now();
-        let fetched = fetch(core, &stream, run, &mut buf);
-        stream.arrived(run, began.elapsed(), &fetched);
-        if let Err(why) = fetched {
-            log::debug!("pages {}..{} ahead: {why}", run.first, run.first + run.pages);
-            std::thread::sleep(NOT_YET);
+        match work {
+            Work::Sort(pages) => {
+                // Beside the first pages, and once: it may have been laid down in order since this store was opened.
+                if stream.batches() == 1 {
+                    core.objects.versions().look_again();
+                }
+                let groups = sort(core, &stream, &pages);
+                let failed = groups.as_ref().err().cloned();
+                stream.sorted(&pages, groups);
+                rest_after(failed);
+            }
+            Work::Fetch(pages) => {
+                let began = Instant::now();
+                let fetched = fetch(core, &stream, &pages);
+                stream.arrived(&pages, began.elapsed(), &fetched);
+                rest_after(fetched.err());
+            }
         }
         core.foresight.ring();
     }
 }
 
-/// Brings a run of pages into the page cache of the files that the RAM map names for them. Says how many bytes came.
-fn fetch(core: &Core, stream: &Stream, run: Run, buf: &mut Vec<u8>) -> Result<u64, String> {
-    let (mut at, end) = (u64::from(run.first) * PAGE, u64::from(run.first + run.pages) * PAGE);
-    let mut came = 0;
-    while at < end {
-        let (source, extent_end) = stream.map.lookup(at);
-        let piece_end = extent_end.min(end);
-        if let Source::File(id) = source {
-            let ram = core.objects.ram(id.0).ok_or_else(|| format!("RAM file {:016x} is gone", id.0))?;
-            buf.resize((piece_end - at) as usize, 0);
-            let mut tally = crate::ram::RamTally::default();
-            let (files, versions) = (&|id| core.objects.ram(id), core.objects.versions());
-            ram.read(files, versions, at, buf, &mut tally).map_err(|e| e.to_string())?;
-            match core.session.store(id.0, at, buf) {
-                Ok(true) => {}
-                Ok(false) => return Err("the kernel does not know the file yet".to_owned()),
-                Err(e) => return Err(e.to_string()),
-            }
-            add(&core.vms.others.ram_prefetched_bytes, buf.len() as u64);
-            add(&core.vms.others.store_read_bytes, tally.store_bytes);
-            came += buf.len() as u64;
+/// What failed is not tried again at once: by a fault, if at all.
+fn rest_after(failed: Option<String>) {
+    if let Some(why) = failed {
+        log::debug!("fetching ahead: {why}");
+        std::thread::sleep(NOT_YET);
+    }
+}
+
+/// A page's place.
+enum Place {
+    Zero,
+    /// In a version of the store.
+    Stored {
+        file: u64,
+        version: String,
+    },
+    /// In a RAM file that the store does not have yet.
+    Held {
+        file: u64,
+    },
+}
+
+fn place(core: &Core, stream: &Stream, page: Page) -> Result<Place, String> {
+    let at = u64::from(page) * PAGE;
+    let Source::File(id) = stream.map.lookup(at).0 else { return Ok(Place::Zero) };
+    let file = id.0;
+    let ram = core.objects.ram(file).ok_or_else(|| format!("RAM file {file:016x} is gone"))?;
+    Ok(ram.stored(at).map_or(Place::Held { file }, |version| Place::Stored { file, version }))
+}
+
+/// Puts pages into groups that are best fetched at once, the most wanted first.
+fn sort(core: &Core, stream: &Stream, pages: &[Page]) -> Result<Vec<Vec<Page>>, String> {
+    let mut stored: Vec<(String, Vec<u64>)> = Vec::new();
+    let mut others: Vec<u64> = Vec::new();
+    for &page in pages {
+        let at = u64::from(page) * PAGE;
+        match place(core, stream, page)? {
+            Place::Stored { version, .. } => match stored.iter_mut().find(|(known, _)| *known == version) {
+                Some((_, list)) => list.push(at),
+                None => stored.push((version, vec![at])),
+            },
+            Place::Zero | Place::Held { .. } => others.push(at),
         }
-        at = piece_end;
+    }
+    let mut groups = neighbours(&others);
+    for (version, list) in stored {
+        groups.extend(core.objects.versions().together(&version, &list).map_err(|e| e.to_string())?);
+    }
+    Ok(groups.into_iter().map(|group| group.iter().map(|at| (at / PAGE) as Page).collect()).collect())
+}
+
+/// Brings pages that lie together into the page cache of the files that the RAM map names for them. Says how many bytes
+/// came.
+fn fetch(core: &Core, stream: &Stream, pages: &[Page]) -> Result<u64, String> {
+    let mut stored: BTreeMap<(u64, String), Vec<u64>> = BTreeMap::new();
+    let mut came = 0;
+    for &page in pages {
+        let at = u64::from(page) * PAGE;
+        match place(core, stream, page)? {
+            Place::Zero => {}
+            Place::Stored { file, version } => stored.entry((file, version)).or_default().push(at),
+            Place::Held { file } => {
+                let ram = core.objects.ram(file).ok_or_else(|| format!("RAM file {file:016x} is gone"))?;
+                let (mut buf, mut tally) = ([0; PAGE as usize], crate::ram::RamTally::default());
+                let (files, versions) = (&|id| core.objects.ram(id), core.objects.versions());
+                ram.read(files, versions, at, &mut buf, &mut tally).map_err(|e| e.to_string())?;
+                add(&core.vms.others.store_read_bytes, tally.store_bytes);
+                came += keep(core, file, at, &buf)?;
+            }
+        }
+    }
+    for ((file, version), mut list) in stored {
+        list.sort_unstable();
+        // Neighbours are handed to the kernel together.
+        let (mut start, mut buf, mut kept) = (0, Vec::new(), Ok::<u64, String>(0));
+        let read = core.objects.versions().read_pages(&version, &list, &mut |at, bytes| {
+            if kept.is_ok() && (start + buf.len() as u64 != at || buf.len() >= KEPT_BYTES) {
+                let done = keep(core, file, start, &buf);
+                kept = kept.clone().and_then(|before| Ok(before + done?));
+                (start, buf) = (at, Vec::with_capacity(KEPT_BYTES));
+            }
+            buf.extend_from_slice(bytes);
+        });
+        add(&core.vms.others.store_read_bytes, read.map_err(|e| e.to_string())?);
+        came += kept? + keep(core, file, start, &buf)?;
     }
     Ok(came)
+}
+
+/// Puts bytes into the page cache of a RAM file; says how many.
+fn keep(core: &Core, file: u64, at: u64, bytes: &[u8]) -> Result<u64, String> {
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    match core.session.store(file, at, bytes) {
+        Ok(true) => {}
+        Ok(false) => return Err("the kernel does not know the file yet".to_owned()),
+        Err(e) => return Err(e.to_string()),
+    }
+    add(&core.vms.others.ram_prefetched_bytes, bytes.len() as u64);
+    Ok(bytes.len() as u64)
 }

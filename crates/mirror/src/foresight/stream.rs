@@ -7,16 +7,17 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Pages of one run at most: what one frame of the store holds.
-const RUN_PAGES: u32 = 16;
-/// Pages that the planner is asked for at a time.
-const BATCH: usize = 64;
+/// Pages that the planner is asked for at a time: as many as half of what may be under way, within these bounds. Those
+/// of a plan that was laid down in its order lie together then, and few requests bring them.
+const BATCH: std::ops::RangeInclusive<u64> = 64..=1024;
 
-/// Pages side by side, to be fetched at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) first: Page,
-    pub(crate) pages: u32,
+/// What a thread that fetches is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Find out which of these pages lie together, then [`Stream::sorted`].
+    Sort(Vec<Page>),
+    /// Fetch these pages, which lie together, then [`Stream::arrived`].
+    Fetch(Vec<Page>),
 }
 
 /// The longest that a guest waits for its working set: it can run without.
@@ -37,7 +38,13 @@ pub(crate) struct Stream {
 struct State {
     planner: Planner,
     pace: Pace,
-    ready: VecDeque<Run>,
+    /// Groups of pages that lie together, and how many pages they are.
+    ready: VecDeque<Vec<Page>>,
+    ready_pages: u64,
+    /// A batch is being sorted; whether it is one that a fault called for.
+    sorting: Option<bool>,
+    /// Batches sorted.
+    batches: u64,
     flying_bytes: u64,
     fetched_bytes: u64,
     /// The pages that it brought.
@@ -49,10 +56,20 @@ struct State {
 
 impl Stream {
     pub(crate) fn new(planner: Planner, map: RamMap) -> Self {
-        let (pace, ready) = (Pace::default(), VecDeque::new());
         let first_left = planner.first() as u64;
-        let brought = Bitmap::new(map.size() / PAGE);
-        let state = State { planner, pace, ready, flying_bytes: 0, fetched_bytes: 0, brought, failed: 0, first_left };
+        let state = State {
+            planner,
+            pace: Pace::default(),
+            ready: VecDeque::new(),
+            ready_pages: 0,
+            sorting: None,
+            batches: 0,
+            flying_bytes: 0,
+            fetched_bytes: 0,
+            brought: Bitmap::new(map.size() / PAGE),
+            failed: 0,
+            first_left,
+        };
         Self { map, state: Mutex::new(state), first_here: Condvar::new(), began: Instant::now() }
     }
 
@@ -78,53 +95,89 @@ impl Stream {
         }
     }
 
-    /// The next run, where there is one and the link has room for it.
-    pub(crate) fn take(&self) -> Option<Run> {
+    /// The next thing to do, where there is one and the link has room for it. What a fault called for is sorted at once
+    /// and goes first; of the rest only as much is sorted ahead as may be under way.
+    pub(crate) fn take(&self) -> Option<Work> {
         let mut state = self.state();
-        if state.flying_bytes > 0 && state.flying_bytes >= state.pace.allowed() {
+        let allowed = state.pace.allowed();
+        if state.flying_bytes > 0 && state.flying_bytes >= allowed {
             return None;
         }
-        if state.ready.is_empty() {
-            let mut pages = Vec::with_capacity(BATCH);
-            state.planner.next(BATCH, &mut pages);
-            for page in pages {
-                match state.ready.back_mut() {
-                    Some(run) if run.first + run.pages == page && run.pages < RUN_PAGES => run.pages += 1,
-                    _ => state.ready.push_back(Run { first: page, pages: 1 }),
-                }
+        let urgent = state.planner.is_urgent();
+        let is_short = state.ready_pages * PAGE < allowed;
+        if state.sorting.is_none() && (urgent || is_short) && !state.planner.is_idle() {
+            let most = if urgent { *BATCH.start() } else { (allowed / 2 / PAGE).clamp(*BATCH.start(), *BATCH.end()) };
+            let mut pages = Vec::with_capacity(most as usize);
+            state.planner.next(most as usize, &mut pages);
+            if !pages.is_empty() {
+                state.sorting = Some(urgent);
+                return Some(Work::Sort(pages));
             }
         }
-        let run = state.ready.pop_front()?;
+        let group = state.ready.pop_front()?;
         if state.flying_bytes == 0 {
             let now = self.began.elapsed();
             state.pace.rested(now);
         }
-        state.flying_bytes += u64::from(run.pages) * PAGE;
-        Some(run)
+        state.ready_pages -= group.len() as u64;
+        state.flying_bytes += group.len() as u64 * PAGE;
+        Some(Work::Fetch(group))
     }
 
-    /// A run is here, or could not be had.
-    pub(crate) fn arrived(&self, run: Run, took: Duration, fetched: &Result<u64, String>) {
+    /// The pages of a batch, in groups that lie together, or why that cannot be told.
+    pub(crate) fn sorted(&self, pages: &[Page], groups: Result<Vec<Vec<Page>>, String>) {
+        let mut state = self.state();
+        let urgent = state.sorting.take().unwrap_or(false);
+        state.batches += 1;
+        match groups {
+            Ok(groups) => {
+                state.ready_pages += groups.iter().map(|group| group.len() as u64).sum::<u64>();
+                if urgent {
+                    groups.into_iter().rev().for_each(|group| state.ready.push_front(group));
+                } else {
+                    state.ready.extend(groups);
+                }
+            }
+            Err(_) => self.lose(&mut state, pages),
+        }
+    }
+
+    /// Batches sorted so far.
+    pub(crate) fn batches(&self) -> u64 {
+        self.state().batches
+    }
+
+    /// A group is here, or could not be had.
+    pub(crate) fn arrived(&self, pages: &[Page], took: Duration, fetched: &Result<u64, String>) {
         let now = self.began.elapsed();
         let mut state = self.state();
-        state.flying_bytes -= u64::from(run.pages) * PAGE;
-        if state.first_left > 0 {
-            // Nothing but the plan, whose first pages these are, is asked for before the guest runs.
-            state.first_left = state.first_left.saturating_sub(u64::from(run.pages));
-            self.first_here.notify_all();
-        }
+        state.flying_bytes -= pages.len() as u64 * PAGE;
         match fetched {
             Ok(bytes) => {
                 state.fetched_bytes += bytes;
-                state.brought.set_range(run.first.into(), (run.first + run.pages).into());
-                state.pace.arrived(now, took, *bytes);
-            }
-            Err(_) => {
-                state.failed += 1;
-                for page in run.first..run.first + run.pages {
-                    state.planner.lost(page);
+                for &page in pages {
+                    state.brought.set(page.into());
                 }
+                state.pace.arrived(now, took, *bytes);
+                self.count_first(&mut state, pages.len() as u64);
             }
+            Err(_) => self.lose(&mut state, pages),
+        }
+    }
+
+    fn lose(&self, state: &mut State, pages: &[Page]) {
+        state.failed += 1;
+        for &page in pages {
+            state.planner.lost(page);
+        }
+        self.count_first(state, pages.len() as u64);
+    }
+
+    /// Nothing but the plan, whose first pages these are, is asked for before the guest runs.
+    fn count_first(&self, state: &mut State, pages: u64) {
+        if state.first_left > 0 {
+            state.first_left = state.first_left.saturating_sub(pages);
+            self.first_here.notify_all();
         }
     }
 
@@ -142,7 +195,7 @@ impl Stream {
     /// Whether there is nothing to fetch until a fault comes.
     pub(crate) fn is_idle(&self) -> bool {
         let state = self.state();
-        state.ready.is_empty() && state.flying_bytes == 0 && state.planner.is_idle()
+        state.is_asked_for() && state.flying_bytes == 0
     }
 
     /// Runs of the pages that it brought.
@@ -163,7 +216,7 @@ impl Stream {
             fetched_bytes: state.fetched_bytes,
             flying_bytes: state.flying_bytes,
             failed: state.failed,
-            idle: state.ready.is_empty() && state.planner.is_idle(),
+            idle: state.is_asked_for(),
             by_color,
         }
     }
@@ -172,3 +225,13 @@ impl Stream {
         self.state.lock().expect("no holder panics")
     }
 }
+
+impl State {
+    /// Whether all that is wanted for now has been asked for.
+    fn is_asked_for(&self) -> bool {
+        self.ready.is_empty() && self.sorting.is_none() && self.planner.is_idle()
+    }
+}
+
+#[cfg(test)]
+mod tests;

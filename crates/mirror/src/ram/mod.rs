@@ -82,6 +82,14 @@ impl RamObject {
         self.state().source.clone()
     }
 
+    /// The version that has the page at `offset`, where the store has it and it is not zero.
+    pub(crate) fn stored(&self, offset: u64) -> Option<String> {
+        match &self.state().source {
+            RamSource::Committed(version) if self.map.lookup(offset).0 != Source::Zero => Some(version.clone()),
+            _ => None,
+        }
+    }
+
     /// Why its holder cannot be read, where that is known.
     pub(crate) fn holder_error(&self) -> Option<String> {
         self.state().memory.as_ref().and_then(|m| m.as_ref().err().cloned())

@@ -189,25 +189,37 @@ pub fn kernel_files(store: &Store, image: &Stored, dir: &Path) -> Result<(PathBu
     Ok((kernel, initrd))
 }
 
-/// The kernel and the initial RAM disk that a snapshot carries, as [`kernel_files`]; none where it carries none.
+/// Where the kernel and the initial RAM disk that a snapshot carries are to be, as [`kernel_files`]; none where it carries
+/// none. They are brought by [`ensure_file`]: a machine that goes on where it was frozen does not need them, and they
+/// are larger than most of what it touches at first.
+#[must_use]
+pub fn carried_files(manifest: &store::Manifest, dir: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
+    let file = |what| manifest.versions.get(what).map(|version| file_of(version, dir, what));
+    Some((file(KERNEL)?, file(INITRD)))
+}
+
+/// Brings a kernel or an initial RAM disk out of the store, by the name of its file, where it is not there.
 ///
 /// # Errors
 /// As [`kernel_files`].
-pub fn carried_files(
-    store: &Store,
-    manifest: &store::Manifest,
-    dir: &Path,
-) -> Result<Option<(PathBuf, Option<PathBuf>)>> {
-    std::fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
-    let file = |what| manifest.versions.get(what).map(|version| extract(store, version, dir, what)).transpose();
-    match file(KERNEL)? {
-        Some(kernel) => Ok(Some((kernel, file(INITRD)?))),
-        None => Ok(None),
+pub fn ensure_file(store: &Store, path: &Path) -> Result<()> {
+    let named = || -> Option<(&Path, &str, Version)> {
+        let (what, rest) = path.file_name()?.to_str()?.split_once('-')?;
+        Some((path.parent()?, what, format!("{rest}.{PAGE}").parse().ok()?))
+    };
+    match named() {
+        Some((dir, what, version)) if !path.exists() => extract(store, &version, dir, what).map(drop),
+        // Files of another name were never brought from the store.
+        _ => Ok(()),
     }
 }
 
+fn file_of(version: &Version, dir: &Path, what: &str) -> PathBuf {
+    dir.join(format!("{what}-{}.{}", version.root, version.size))
+}
+
 fn extract(store: &Store, version: &Version, dir: &Path, what: &str) -> Result<PathBuf> {
-    let path = dir.join(format!("{what}-{}.{}", version.root, version.size));
+    let path = file_of(version, dir, what);
     if path.metadata().is_ok_and(|meta| meta.len() == version.size) {
         return Ok(path);
     }

@@ -86,7 +86,7 @@ impl Node {
     /// # Errors
     /// Where there is none, or the store does not answer.
     pub fn snapshot_colors(&self, name: &str) -> Result<Colors> {
-        let (manifest, meta) = snapshots::of(&self.shared, name)?;
+        let (manifest, meta) = snapshots::snapshot_named(&self.shared, name)?;
         let ram = snapshots::ram_of(name, &manifest, &meta)?;
         let began = Instant::now();
         let (coloring, source) = snapshot_coloring(&self.shared, name, &manifest, &meta)?;

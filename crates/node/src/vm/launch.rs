@@ -42,14 +42,14 @@ pub enum Source {
     },
 }
 
-/// What is to become a [`Source`], or none where the freeze failed.
-pub type Coming = Receiver<Arc<Frozen>>;
+/// What is to become a [`Source`], or none where the freeze failed, or what is needed of a snapshot cannot be had.
+pub type Coming = Receiver<Source>;
 
 /// How a VM comes to what it starts from.
 pub enum Starting {
     /// It is there.
     From(Source),
-    /// The machine is being frozen: the hypervisor is started meanwhile, and waits.
+    /// The machine is being frozen, or fetched: the hypervisor is started meanwhile, and waits.
     Meanwhile(Coming),
 }
 
@@ -145,6 +145,11 @@ pub(super) fn launch(
     laps.lap("disks");
     let (map, _) = source.ram(record);
     crate::home::write_atomically(&map_file(&dir), map.encode().as_bytes(), false)?;
+    if matches!(source, Source::Boot(_) | Source::Reboot) {
+        for file in [Some(&record.origin.kernel), record.origin.initrd.as_ref()].into_iter().flatten() {
+            crate::image::ensure_file(&shared.store, file)?;
+        }
+    }
     let start = match source {
         Source::Boot(_) | Source::Reboot => Start::Boot {
             kernel: &record.origin.kernel,

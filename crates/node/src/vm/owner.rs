@@ -189,8 +189,8 @@ impl Owner {
             Starting::From(source) => (source, None),
             Starting::Meanwhile(coming) => {
                 let shell = launch::spawn(shared, &record, vmm::qemu::Start::Incoming, true)?;
-                let frozen = coming.recv().map_err(|_| Error::Conflict("the freeze failed".into()))?;
-                (Source::Frozen(frozen), Some(shell))
+                let source = coming.recv().map_err(|_| Error::Conflict("what it starts from did not come".into()))?;
+                (source, Some(shell))
             }
         };
         let (start_map, equals) = source.ram(&record);

@@ -255,6 +255,15 @@ struct SnapshotArgs {
 enum SnapshotCommand {
     /// List snapshots
     Ls(ListArgs),
+    /// Lay what offshoots of a snapshot touch down in the store in the order in which they do, so that the next ones
+    /// fetch it with a few large reads; nodes that record do so by themselves
+    Arrange {
+        /// Name, as in web@1
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove snapshots; VMs started from them run on
     Rm {
         /// Names, as in web@1
@@ -628,6 +637,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Snapshot(args) => match &args.command {
             None => vms::snapshot(&client, args.name.as_deref().unwrap_or_default(), args.tag.as_deref(), args.json),
             Some(SnapshotCommand::Ls(list)) => vms::snapshots(&client, list.json),
+            Some(SnapshotCommand::Arrange { name, json }) => vms::arrange_snapshot(&client, name, *json),
             Some(SnapshotCommand::Rm { names }) => vms::remove_snapshots(&client, names),
         },
         Command::Ps(args) => vms::ps(&client, args.json),

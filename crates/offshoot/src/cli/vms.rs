@@ -2,8 +2,8 @@
 
 use super::{ForkArgs, Outcome, RunArgs, output};
 use api::{
-    BalloonRequest, Client, ClientError, ColorUse, Ended, ForkReply, ForkRequest, From, RunRequest, Snapshot,
-    SnapshotRequest, StopRequest, Vm, VmState, VmStats,
+    BalloonRequest, Client, ClientError, ColorUse, Ended, FetchCost, ForkReply, ForkRequest, From, RunRequest, Snapshot,
+    SnapshotArranged, SnapshotRequest, StopRequest, Vm, VmState, VmStats,
 };
 use base::units::human;
 use std::io::{Read, Write};
@@ -96,6 +96,30 @@ pub(super) fn snapshots(client: &Client, json: bool) -> Outcome {
         &["NAME", "MEMORY", "DISKS", "STORED", "PAUSE", "CREATED"],
         &list.iter().map(row).collect::<Vec<_>>(),
     );
+    Ok(())
+}
+
+/// Lays a snapshot down in order.
+pub(super) fn arrange_snapshot(client: &Client, name: &str, json: bool) -> Outcome {
+    let mut show = output::Show::new();
+    let nothing = serde_json::json!({});
+    let done: SnapshotArranged =
+        client.post_long(&format!("/v1/snapshots/{name}/arrange"), &nothing, |p| show.update(p))?;
+    drop(show);
+    if json {
+        output::json(&done);
+        return Ok(());
+    }
+    println!("{}", done.name);
+    let cost = |c: &FetchCost| format!("{} in {} requests", human(c.fetched_bytes), c.requests);
+    eprintln!(
+        "{}: {} pages that offshoots touch, {} moved, {} written",
+        name,
+        done.pages,
+        done.moved,
+        human(done.written_bytes)
+    );
+    eprintln!("fetching them from afar takes {}; it took {}", cost(&done.after), cost(&done.before));
     Ok(())
 }
 

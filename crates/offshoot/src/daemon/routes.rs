@@ -39,6 +39,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/vms/{name}/console", get(console::console))
         .route("/v1/snapshots", get(snapshots))
         .route("/v1/snapshots/{name}", axum::routing::delete(remove_snapshot))
+        .route("/v1/snapshots/{name}/arrange", post(arrange_snapshot))
         .route("/v1/images", get(images))
         .route("/v1/images/build", post(build_image))
         .route("/v1/images/import", post(import_image))
@@ -182,6 +183,12 @@ async fn snapshots(State(daemon): Shared) -> Answer<Vec<api::Snapshot>> {
 
 async fn remove_snapshot(State(daemon): Shared, Path(name): Path<String>) -> Answer<Value> {
     blocking(daemon, move |d| d.node.remove_snapshot(&name)).await.map(|()| Json(json!({})))
+}
+
+async fn arrange_snapshot(State(daemon): Shared, Path(name): Path<String>) -> Response {
+    respond(move |reporter| {
+        daemon.node.arrange_snapshot(&name, &mut |step, done, total| reporter.report(step, done, total))
+    })
 }
 
 async fn images(State(daemon): Shared) -> Answer<Vec<api::Image>> {

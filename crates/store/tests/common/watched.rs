@@ -1,6 +1,6 @@
 //! An engine that counts what it is asked, and fails, spoils or holds back answers when told to.
 
-#![allow(missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub)]
 
 use base::ByteRange;
 use std::io;

@@ -255,7 +255,11 @@ impl Object for OpenPack {
         let (first, last) = (todo[0], todo[todo.len() - 1]);
         let in_pack = (size.div_ceil(shared.chunk as u64) - 1 - u64::from(last)) as u16;
         let most = in_pack.min((RUN_BYTES / shared.chunk) as u16);
-        let ahead = self.streams.lock().expect("no panic while streams are locked").ahead(&(first..=last), most);
+        // Who asks for much at once knows what he wants; frames are smaller than a chunk.
+        let ahead = match buf.len() > shared.chunk {
+            true => 0,
+            false => self.streams.lock().expect("no panic while streams are locked").ahead(&(first..=last), most),
+        };
         for look in 0..LOOKS_MAX {
             let found = shared.find(self.id, &todo, true, ahead.min(most));
             if look == 0 {
