@@ -1,6 +1,6 @@
 //! From lazy to eager: how soon an offshoot answers, and how much it moves, by the dial.
 
-use super::judge::{Case, mib};
+use super::judge::{Case, Plotted, Seen, mib};
 use super::servers::Server;
 use super::world::World;
 use super::{COMMAND, save_raw};
@@ -22,7 +22,7 @@ pub(super) fn run(world: &World, plots: &Path) -> Outcome<Vec<Figure>> {
         }
     }
     save_raw(&world.raw, "prefetch-dial", &seen)?;
-    let line = |name: &str, trained: bool, value: &dyn Fn(&super::judge::Seen) -> f64| Series {
+    let line = |name: &str, trained: bool, value: &dyn Fn(&Seen) -> f64| Series {
         name: name.into(),
         points: seen
             .iter()
@@ -30,7 +30,7 @@ pub(super) fn run(world: &World, plots: &Path) -> Outcome<Vec<Figure>> {
             .map(|s| Point { x: f64::from(s.case.eager.unwrap_or_default()), runs: vec![value(s)] })
             .collect(),
     };
-    let kinds: [(&str, &str, &str, fn(&super::judge::Seen) -> f64); 3] = [
+    let kinds: [Plotted; 3] = [
         ("prefetch-dial-first", "Time to the first answer", "s", |s| s.driven.first_s),
         ("prefetch-dial-blocked", "Faults that waited for the origin", "faults", |s| s.blocked as f64),
         ("prefetch-dial-bytes", "Bytes of packs that came over the line", "MiB", |s| mib(s.fetched_bytes)),

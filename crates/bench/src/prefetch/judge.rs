@@ -66,6 +66,9 @@ pub(super) struct Seen {
     pub(super) samples: Vec<Sample>,
 }
 
+/// What a plot shows of each: its file's name, its title, its unit, its value.
+pub(super) type Plotted = (&'static str, &'static str, &'static str, fn(&Seen) -> f64);
+
 impl Seen {
     /// Bytes that came over the line for each that was touched: compressed, chunks as a whole.
     pub(super) fn moved_over_touched(&self) -> f64 {

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::judge::{Case, Seen, mib};
+use super::judge::{Case, Plotted, Seen, mib};
 use super::servers::Server;
 use super::world::{Profile, World};
 use super::{COMMAND, save_raw};
@@ -144,7 +144,7 @@ fn slow_seconds(judged: &[Judged], case: &str) -> (Vec<f64>, Vec<f64>) {
 
 fn plot(judged: &[Judged], dir: &Path) -> Outcome {
     let groups: Vec<String> = Server::ALL.iter().map(|server| server.name().to_owned()).collect();
-    let kinds: [(&str, &str, &str, fn(&Seen) -> f64); 3] = [
+    let kinds: [Plotted; 3] = [
         ("prefetch-faults", "Faults that waited for the origin", "faults", |seen| seen.blocked as f64),
         ("prefetch-bytes", "Bytes of packs that came over the line", "MiB", |seen| mib(seen.fetched_bytes)),
         ("prefetch-first", "Time to the first answer", "s", |seen| seen.driven.first_s),
