@@ -27,7 +27,7 @@ const TEMPLATE: &str = "shop";
 /// The tag that the programs start from.
 pub(super) const PROGRAMS: &str = "programs";
 /// Longest that a guest boots.
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(900);
 
 const PREPARE: &str = include_str!("../../../node/src/image/recipe/prepare.sh");
 const CUSTOMIZE: &str = include_str!("../../../node/src/image/recipe/customize.sh");
