@@ -183,21 +183,26 @@ pub fn http_ok(address: SocketAddr, limit: Duration) -> std::io::Result<bool> {
     Ok(answer.starts_with(b"HTTP/1.1 200"))
 }
 
-struct Redis {
+pub(crate) struct Redis {
     reader: BufReader<TcpStream>,
     out: Vec<u8>,
 }
 
 impl Redis {
-    fn connect(address: SocketAddr) -> Outcome<Self> {
+    pub(crate) fn connect(address: SocketAddr) -> Outcome<Self> {
         let stream = TcpStream::connect_timeout(&address, LIMIT)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         stream.set_nodelay(true)?;
         Ok(Self { reader: BufReader::new(stream), out: Vec::new() })
     }
 
+    /// How long an answer may take.
+    pub(crate) fn limit(&self, limit: Duration) -> Outcome {
+        Ok(self.reader.get_ref().set_read_timeout(Some(limit))?)
+    }
+
     /// One command in redis' serialization protocol, kept until [`Redis::flush`].
-    fn send(&mut self, words: &[&[u8]]) -> Outcome {
+    pub(crate) fn send(&mut self, words: &[&[u8]]) -> Outcome {
         write!(self.out, "*{}\r\n", words.len())?;
         for word in words {
             write!(self.out, "${}\r\n", word.len())?;
@@ -207,7 +212,7 @@ impl Redis {
         Ok(())
     }
 
-    fn flush(&mut self) -> Outcome {
+    pub(crate) fn flush(&mut self) -> Outcome {
         self.reader.get_mut().write_all(&self.out)?;
         self.out.clear();
         Ok(())
@@ -219,7 +224,7 @@ impl Redis {
         self.reply()
     }
 
-    fn reply(&mut self) -> Outcome<Option<String>> {
+    pub(crate) fn reply(&mut self) -> Outcome<Option<String>> {
         let mut line = String::new();
         self.reader.read_line(&mut line)?;
         let line = line.trim_end();

@@ -12,6 +12,7 @@ pub mod guest;
 pub mod host;
 pub mod limit;
 pub mod plot;
+pub mod prefetch;
 pub mod probe;
 pub mod report;
 pub mod stores;

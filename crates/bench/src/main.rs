@@ -10,6 +10,8 @@ fn main() -> ExitCode {
         Some("fork") => fork(),
         Some("store") => store(&words[1..]),
         Some("prefetch") => prefetch(&words[1..]),
+        // What the benchmark starts for itself.
+        Some("line") => bench::prefetch::line::serve(&words[1..]),
         _ => Err("usage: offshoot-bench demo|fork|store|prefetch [PART…]".into()),
     };
     match done {
@@ -39,8 +41,7 @@ fn store(parts: &[String]) -> bench::Outcome {
 
 fn prefetch(parts: &[String]) -> bench::Outcome {
     let target = bench::build_directory();
-    let figures = bench::colors::matrix::run(&target.join("colors"), &target.join("bench/colors.md"), parts)?;
-    bench::report::write(&target.join("bench/prefetch.json"), &figures)
+    bench::prefetch::run(&program()?, &home("bench-prefetch"), &target, parts)
 }
 
 /// Where a run keeps its home: beside what it builds, unless sockets below so long a path have no room for their

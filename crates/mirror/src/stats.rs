@@ -73,6 +73,8 @@ macro_rules! counters {
 counters! {
     /// Reads of RAM files that the kernel asked for.
     ram_faults,
+    /// Of those, reads that waited for the store's medium: the server, or without one the local disk.
+    ram_waited_faults,
     /// Bytes of RAM answered to them.
     ram_fetched_bytes,
     /// Of those, bytes read from holders.

@@ -3,6 +3,7 @@
 //! Eviction is a clock with one bit (second chance): reads only set a flag, so that threads that hit do not
 //! queue behind one another for longer than a map lookup.
 
+use crate::waits;
 use hashbrown::HashMap;
 use std::collections::VecDeque;
 use std::hash::Hash;
@@ -16,6 +17,8 @@ struct Slot<V> {
     /// Held by the one thread that fetches.
     fetching: Mutex<()>,
     used: AtomicBool,
+    /// Whether who fetched it waited for the medium: then whoever waited for that did so too.
+    far: AtomicBool,
 }
 
 struct Shard<K, V> {
@@ -61,7 +64,8 @@ impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
         let slot = {
             let mut shard = self.shard(hash);
             let slot = shard.slots.entry(key).or_insert_with(|| {
-                Arc::new(Slot { value: OnceLock::new(), fetching: Mutex::new(()), used: AtomicBool::new(false) })
+                let (used, far) = (AtomicBool::new(false), AtomicBool::new(false));
+                Arc::new(Slot { value: OnceLock::new(), fetching: Mutex::new(()), used, far })
             });
             Arc::clone(slot)
         };
@@ -71,9 +75,14 @@ impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
         }
         let guard = slot.fetching.lock().expect("no panic while fetching");
         if let Some(value) = slot.value.get() {
+            if slot.far.load(Ordering::Relaxed) {
+                waits::note();
+            }
             return Ok((value.clone(), Found::Cached));
         }
+        let waited = waits::waits();
         let fetched = fetch();
+        slot.far.store(waits::waits() != waited, Ordering::Relaxed);
         let mut shard = self.shard(hash);
         match fetched {
             Ok(value) => {

@@ -43,6 +43,7 @@ mod transaction;
 pub mod transfer;
 mod tree;
 mod verify;
+mod waits;
 
 pub use collect::Collected;
 pub use commit::{BlockSource, Changes, CommitStat};
@@ -58,3 +59,4 @@ pub use store::{Mode, Stats, Store};
 pub use sweep::{Explanation, Fate, HeadShare, PackFate};
 pub use transaction::Transaction;
 pub use verify::{Fault, Report};
+pub use waits::waits;

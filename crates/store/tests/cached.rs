@@ -170,6 +170,33 @@ fn sixty_four_readers_of_one_chunk_are_one_fetch() {
 }
 
 #[test]
+fn only_who_waited_for_the_engine_below_has_waited() {
+    let (below, _) = one_pack(4 * CHUNK as usize);
+    let dir = tempfile::tempdir().unwrap();
+    let cached = open(&below, dir.path(), 4 << 20);
+    let waited = |chunk: u64| {
+        let before = store::waits();
+        read(&cached, chunk * CHUNK, 100).unwrap();
+        store::waits() != before
+    };
+    assert!(waited(0) && !waited(0), "the second finds it on the disk");
+    // Two at once: one fetches, the other waits for that, and so both have waited.
+    below.control.hold(true);
+    let looked = || cached.stats().hits + cached.stats().misses;
+    let before = looked();
+    std::thread::scope(|scope| {
+        let readers = [scope.spawn(|| waited(2)), scope.spawn(|| waited(2))];
+        while looked() < before + 2 {
+            std::thread::yield_now();
+        }
+        below.control.hold(false);
+        let waited = readers.map(|reader| reader.join().unwrap());
+        assert_eq!(waited, [true; 2]);
+    });
+    assert!(!waited(2));
+}
+
+#[test]
 fn a_failed_fetch_fails_those_who_waited_and_nobody_after() {
     let (below, bytes) = one_pack(CHUNK as usize);
     let dir = tempfile::tempdir().unwrap();

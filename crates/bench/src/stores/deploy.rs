@@ -5,9 +5,9 @@
 //! The trace is replayed without the guest's own time between requests, so that only the disk is measured. Nodes,
 //! origin and clients share this machine's processors: [`Round`] says how busy they and the origin's link were.
 
-mod net;
+pub(crate) mod net;
 mod replay;
-mod server;
+pub(crate) mod server;
 mod system;
 mod trace;
 

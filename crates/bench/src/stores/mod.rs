@@ -9,10 +9,10 @@
 
 mod blobs;
 mod bonnie;
-mod deploy;
+pub(crate) mod deploy;
 mod disks;
 mod images;
-mod origin;
+pub(crate) mod origin;
 mod plots;
 mod sizes;
 
@@ -102,7 +102,7 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
 }
 
 /// Unmounts what mirrors that are gone have mounted in a directory.
-fn unmount_below(dir: &Path) {
+pub(crate) fn unmount_below(dir: &Path) {
     let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
@@ -131,11 +131,11 @@ fn drop_caches() -> Outcome {
 }
 
 /// Numbers that look random and are the same in each run.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
     /// One below `end`.
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         // SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;

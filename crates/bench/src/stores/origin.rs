@@ -83,7 +83,7 @@ fn longer(port: u16, delay: Duration) -> Outcome<u16> {
 }
 
 /// Passes bytes on, each `delay` after it came, however many are under way.
-fn pass(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+pub(crate) fn pass(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
     let (tx, rx) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(1024);
     let sender = std::thread::spawn(move || {
         for (at, bytes) in rx {

@@ -77,6 +77,10 @@ impl Planner {
     /// A planner for offshoots of which none has started.
     #[must_use]
     pub fn new(template: Arc<Template>, policy: Policy, eager: Eager) -> Self {
+        let (template, policy) = match policy {
+            Policy::Plain => (Arc::new(template.plain()), Policy::Auto),
+            policy => (template, policy),
+        };
         let (plan, first) = plan(&template, &policy, eager);
         let pages = template.stored.len() as usize;
         let mut places = vec![u32::MAX; pages];
@@ -128,7 +132,7 @@ impl Planner {
             Policy::Twinkle { pages, faults } => self.count_segment(page, pages, faults),
             Policy::Color(_) => self.want_color(page),
             Policy::Auto if dear || self.is_planned(page) => self.want_best(page),
-            Policy::Auto => {}
+            Policy::Auto | Policy::Plain => {}
         }
     }
 
@@ -336,7 +340,7 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
         Policy::Replay => (recorded(1), 0),
         Policy::Intersect if template.profile.recordings() < 2 => (recorded(1), 0),
         Policy::Intersect => (recorded(0b11), 0),
-        Policy::Auto => (likely(template, eager), 0),
+        Policy::Auto | Policy::Plain => (likely(template, eager), 0),
     }
 }
 

@@ -29,6 +29,8 @@ pub enum Policy {
     /// The profile first, color windows where it is silent or wrong.
     #[default]
     Auto,
+    /// The same, blind to colors: what they are worth is measured against it.
+    Plain,
 }
 
 /// Pages that a fault brings under [`Policy::Color`].
@@ -50,8 +52,12 @@ impl Default for Windows {
 impl FromStr for Policy {
     type Err = String;
 
-    /// `none`, `readahead:N`, `all`, `twinkle[:N,P]`, `replay`, `intersect`, `color[:EXECUTABLE,DATA]`, `auto`.
+    /// `none`, `readahead:N`, `all`, `twinkle[:N,P]`, `replay`, `intersect`, `color[:EXECUTABLE,DATA]`, `auto`, and
+    /// `auto:plain` for measurements.
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto:plain" {
+            return Ok(Self::Plain);
+        }
         let (word, arguments) = text.split_once(':').map_or((text, None), |(word, rest)| (word, Some(rest)));
         let numbers: Option<Vec<u32>> = arguments
             .map(|rest| {
@@ -92,6 +98,7 @@ impl fmt::Display for Policy {
             Self::Intersect => f.write_str("intersect"),
             Self::Color(w) => write!(f, "color:{},{}", w.executable, w.data),
             Self::Auto => f.write_str("auto"),
+            Self::Plain => f.write_str("auto:plain"),
         }
     }
 }

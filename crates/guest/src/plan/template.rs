@@ -58,6 +58,13 @@ pub struct Template {
 }
 
 impl Template {
+    /// The same with all colors made one: pages side by side by address.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        let colors = vec![Color::Unknown as u8; self.space.order().len()];
+        Self { space: Space::new(colors, |_| (0, 0)), ..self.clone() }
+    }
+
     /// Bytes to keep. All numbers are LEB128: pages; color space; runs of stored pages as (gap, length), closed by a run
     /// of length 0; the profile.
     #[must_use]

@@ -42,7 +42,9 @@ fn next(planner: &mut Planner, most: usize) -> Vec<Page> {
 
 #[test]
 fn policies_read_as_they_are_written() {
-    for text in ["none", "all", "replay", "intersect", "auto", "readahead:8", "twinkle:32,2", "color:4,16"] {
+    for text in
+        ["none", "all", "replay", "intersect", "auto", "auto:plain", "readahead:8", "twinkle:32,2", "color:4,16"]
+    {
         assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
     }
     assert_eq!("color".parse(), Ok(Policy::Color(Windows { executable: 4, data: 16 })));
@@ -76,6 +78,14 @@ fn each_policy_asks_for_its_own_pages() {
         assert_eq!(next(&mut planner, 100), [], "{policy} asks once");
         assert!(planner.is_idle());
     }
+}
+
+#[test]
+fn blind_to_colors_auto_takes_neighbours_by_address() {
+    let mut planner = planner("auto:plain", template(4000, Profile::default()));
+    planner.fault(100, true);
+    assert_eq!(next(&mut planner, 100), (101..109).collect::<Vec<_>>(), "pages of either color");
+    assert_eq!(planner.tallies()[crate::Color::Unknown as usize].faults, 1);
 }
 
 #[test]

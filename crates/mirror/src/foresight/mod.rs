@@ -188,7 +188,10 @@ pub(crate) fn start(
 }
 
 fn fetch_for_ever(core: &Core) {
-    if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10) {
+    // Behind what this process does for guests that wait, however it was started itself.
+    let thread = Some(rustix::thread::gettid());
+    let lower = rustix::process::getpriority_process(thread).map(|nice| (nice + 10).min(19));
+    if let Err(e) = lower.and_then(|nice| rustix::process::setpriority_process(thread, nice)) {
         log::warn!("prefetch runs at full priority: {e}");
     }
     loop {

@@ -242,9 +242,12 @@ impl Core {
     fn read_ram(&self, ram: &RamObject, read: &Read, out: &mut [u8]) -> Result<usize, RamError> {
         let len = out.len().min(usize::try_from(ram.map.size().saturating_sub(read.offset)).unwrap_or(usize::MAX));
         let mut tally = RamTally::default();
+        let waits = store::waits();
         ram.read(&|id| self.objects.ram(id), self.objects.versions(), read.offset, &mut out[..len], &mut tally)?;
         let counters = self.vms.of_thread(read.thread);
+        let waited = store::waits() != waits;
         add(&counters.ram_faults, 1);
+        add(&counters.ram_waited_faults, u64::from(waited));
         add(&counters.ram_fetched_bytes, len as u64);
         counters.faulted.note(ram.map.size(), read.offset, len as u64);
         add(&counters.ram_from_holder_bytes, tally.from_holder_bytes);
@@ -253,7 +256,7 @@ impl Core {
         let took = read.began.elapsed();
         counters.ram_latency.add(took);
         let member = counters.member.read().expect("no writer panics").clone();
-        if member.is_some_and(|m| m.fault(read.offset, len, took, tally.from_store_bytes > 0)) {
+        if member.is_some_and(|m| m.fault(read.offset, len, took, waited)) {
             self.foresight.ring();
         }
         Ok(len)

@@ -2,8 +2,8 @@
 
 use super::{ForkArgs, Outcome, RunArgs, output};
 use api::{
-    BalloonRequest, Client, ClientError, ColorUse, Ended, FetchCost, ForkReply, ForkRequest, From, RunRequest, Snapshot,
-    SnapshotArranged, SnapshotRequest, StopRequest, Vm, VmState, VmStats,
+    BalloonRequest, Client, ClientError, ColorUse, Ended, FetchCost, ForkReply, ForkRequest, From, RunRequest,
+    Snapshot, SnapshotArranged, SnapshotRequest, StopRequest, Vm, VmState, VmStats,
 };
 use base::units::human;
 use std::io::{Read, Write};

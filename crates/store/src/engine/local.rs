@@ -207,6 +207,7 @@ struct OpenFile(File);
 
 impl Object for OpenFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        crate::waits::note();
         self.0.read_exact_at(buf, offset)
     }
     fn size(&self) -> io::Result<u64> {

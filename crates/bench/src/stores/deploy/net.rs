@@ -7,15 +7,17 @@
 use crate::Outcome;
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::LinkNameSpaceType;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const PREFIX: &str = "offshoot-bench-";
 /// Bits a second of every link, each way.
-pub(super) const RATE: f64 = 1e9;
+pub(crate) const RATE: f64 = 1e9;
 /// What may leave at once: more than the largest packet that the kernel passes on undivided.
 const BURST: &str = "256kb";
 /// How long a packet waits at most: what a switch's buffers hold.
@@ -23,7 +25,7 @@ const QUEUE: &str = "20ms";
 
 /// Who is in the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     Origin,
     Node(usize),
 }
@@ -41,7 +43,7 @@ impl Place {
     }
 
     /// Its address.
-    pub(super) fn address(self) -> String {
+    pub(crate) fn address(self) -> String {
         match self {
             Self::Origin => "10.77.0.1".into(),
             Self::Node(n) => format!("10.77.0.{}", n + 2),
@@ -50,13 +52,13 @@ impl Place {
 }
 
 /// The network; gone when dropped.
-pub(super) struct Network {
+pub(crate) struct Network {
     _one: File,
 }
 
 impl Network {
     /// Makes an origin and `nodes` nodes.
-    pub(super) fn up(nodes: usize) -> Outcome<Self> {
+    pub(crate) fn up(nodes: usize) -> Outcome<Self> {
         let one = File::create("/run/offshoot-bench.lock")
             .map_err(|e| format!("making network namespaces (as root): {e}"))?;
         flock(&one, FlockOperation::NonBlockingLockExclusive).map_err(|_| "another benchmark has its network up")?;
@@ -84,22 +86,39 @@ impl Network {
     }
 
     /// A program that runs at a place and ends with this process; it has nothing to read.
-    pub(super) fn command(&self, place: Place, program: impl AsRef<OsStr>) -> Command {
+    pub(crate) fn command(&self, place: Place, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/run/netns/{}", place.namespace()));
         command.args(["setpriv", "--pdeathsig", "KILL"]).arg(program).stdin(Stdio::null());
         command
     }
 
+    /// Does something in a thread of its own at a place: what it connects to, and the programs that it starts, are
+    /// there. Programs outlive it.
+    pub(crate) fn within<T: Send>(&self, place: Place, act: impl FnOnce() -> Outcome<T> + Send) -> Outcome<T> {
+        let space = File::open(format!("/run/netns/{}", place.namespace()))?;
+        let inside = || -> Outcome<T> {
+            rustix::thread::move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
+            act()
+        };
+        std::thread::scope(|scope| scope.spawn(inside).join().expect("no panic at a place"))
+    }
+
+    /// Gives a place a way out, which guests' network helpers want to see; nothing answers there.
+    pub(crate) fn default_route(&self, place: Place) -> Outcome {
+        let space = place.namespace();
+        ip(&["-n", &space, "route", "add", "default", "via", &Place::Node(250).address(), "dev", "eth0"])
+    }
+
     /// Bytes that have left the origin, headers included.
-    pub(super) fn left_origin(&self) -> Outcome<u64> {
+    pub(crate) fn left_origin(&self) -> Outcome<u64> {
         let shown = tool("tc", &["-n", &Place::Origin.namespace(), "-s", "-j", "qdisc", "show", "dev", "eth0"])?;
         let found: serde_json::Value = serde_json::from_str(&shown)?;
         Ok(found[0]["bytes"].as_u64().ok_or("tc tells no number of bytes")?)
     }
 
     /// Ends every process at a place.
-    pub(super) fn clear(&self, place: Place) {
+    pub(crate) fn clear(&self, place: Place) {
         end_all(&place.namespace());
     }
 }

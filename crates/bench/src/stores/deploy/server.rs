@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const KEY_ID: &str = "OFFSHOOTBENCHKEY";
-const SECRET: &str = "the-secret-of-the-benchmarks-0123456789";
-const BUCKET: &str = "offshoot";
-const S3_PORT: u16 = 8333;
+pub(crate) const KEY_ID: &str = "OFFSHOOTBENCHKEY";
+pub(crate) const SECRET: &str = "the-secret-of-the-benchmarks-0123456789";
+pub(crate) const BUCKET: &str = "offshoot";
+pub(crate) const S3_PORT: u16 = 8333;
 const NBD_PORT: u16 = 10809;
 /// Name of the image, and of every export.
 pub(super) const IMAGE: &str = "disk";
@@ -41,7 +41,7 @@ pub(super) fn shared_store(command: &mut Command) -> &mut Command {
 }
 
 /// Where anybody may fetch a published file.
-pub(super) fn url(file: &str) -> String {
+pub(crate) fn url(file: &str) -> String {
     format!("http://{}:{S3_PORT}/{BUCKET}/{file}", Place::Origin.address())
 }
 
@@ -51,7 +51,7 @@ pub(super) fn nbd_url() -> String {
 }
 
 /// Runs a command to its end.
-pub(super) fn finish(command: &mut Command) -> Outcome<String> {
+pub(crate) fn finish(command: &mut Command) -> Outcome<String> {
     let out = command.output().map_err(|e| format!("{:?}: {e}", command.get_program()))?;
     if !out.status.success() {
         // The words alone: the environment holds keys.
@@ -92,7 +92,7 @@ impl Server {
     }
 }
 
-fn weed(network: &Network, dir: &Path) -> Outcome<Child> {
+pub(crate) fn weed(network: &Network, dir: &Path) -> Outcome<Child> {
     let config = dir.join("s3.json");
     let actions = ["Admin", "Read", "List", "Tagging", "Write"];
     let keys = serde_json::json!([{"accessKey": KEY_ID, "secretKey": SECRET}]);
@@ -133,7 +133,7 @@ fn weed(network: &Network, dir: &Path) -> Outcome<Child> {
 }
 
 /// `curl` at the origin with the right to write.
-fn signed(network: &Network) -> Command {
+pub(crate) fn signed(network: &Network) -> Command {
     let mut curl = network.command(Place::Origin, "curl");
     curl.args(["--silent", "--show-error", "--fail", "--max-time", "120"]);
     curl.args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"]).arg(format!("{KEY_ID}:{SECRET}"));

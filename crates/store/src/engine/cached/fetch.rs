@@ -5,6 +5,7 @@ use crate::chunks::Key;
 use crate::chunks::disk::Aligned;
 use crate::engine::Object;
 use crate::pack::PackId;
+use crate::waits;
 use base::ByteRange;
 use std::io;
 use std::ops::{Range, RangeInclusive};
@@ -249,6 +250,7 @@ impl Object for OpenPack {
         let shared = &*self.shared;
         let fits = (size - 1) / (shared.chunk as u64) < u64::from(u16::MAX);
         let Some(numbers) = shared.numbers(&range).filter(|_| fits) else {
+            waits::note();
             return self.fetch(offset..end, buf);
         };
         let mut todo: Vec<u16> = numbers.collect();
@@ -272,6 +274,7 @@ impl Object for OpenPack {
             // What others wait for comes first.
             for duty in found.duties {
                 let _demand = shared.queue.demand();
+                waits::note();
                 let numbers = duty.numbers.clone();
                 let fetched = self.fulfil(duty, size)?;
                 numbers.filter(|n| *n <= last).for_each(|number| fetched.copy(number, shared.chunk, offset, buf));
@@ -284,6 +287,7 @@ impl Object for OpenPack {
                 }
             }
             for (number, flight) in found.coming {
+                waits::note();
                 match flight.wait() {
                     Ok(fetched) => fetched.copy(number, shared.chunk, offset, buf),
                     Err(Failure::Refused(kind, what)) => return Err(io::Error::new(kind, what)),
@@ -296,6 +300,7 @@ impl Object for OpenPack {
             todo.sort_unstable();
         }
         let _demand = shared.queue.demand();
+        waits::note();
         self.fetch(offset..end, buf)
     }
 

@@ -1,0 +1,76 @@
+//! `make bench-prefetch`: what colors and foresight are worth, on real guests from a store far away.
+//!
+//! - `colors`: every kernel's colors against what that kernel says ([`crate::colors`]).
+//! - `policies`: redis, PostgreSQL and a web application under every policy: faults, bytes, times.
+//! - `crowd`: many offshoots of one template on a node.
+//! - `dial`: from lazy to eager.
+//! - `programs`: programs bound by processor and memory on a cold offshoot.
+
+mod crowd;
+mod dial;
+mod judge;
+pub mod line;
+mod policies;
+mod programs;
+mod servers;
+mod world;
+
+use crate::report::Figure;
+use crate::{Outcome, report};
+use serde::Serialize;
+use std::path::Path;
+use world::World;
+
+const COMMAND: &str = "make bench-prefetch";
+
+/// A part that needs the world.
+type Part = fn(&World, &Path) -> Outcome<Vec<Figure>>;
+const PARTS: [(&str, Part); 4] =
+    [("policies", policies::run), ("crowd", crowd::run), ("dial", dial::run), ("programs", programs::run)];
+const COLORS: &str = "colors";
+
+/// Measures everything, or the parts that `only` names, and writes `to`. Guests for colors are kept in `target`.
+///
+/// # Errors
+/// What could not be measured, and why.
+pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String]) -> Outcome {
+    let known = || PARTS.iter().map(|(part, _)| *part).chain([COLORS]);
+    if let Some(unknown) = only.iter().find(|name| known().all(|part| part != **name)) {
+        let known: Vec<&str> = known().collect();
+        return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
+    }
+    let wanted = |part: &str| only.is_empty() || only.iter().any(|name| name == part);
+    let (to, plots) = (target.join("bench/prefetch.json"), target.join("bench/plots"));
+    let (mut figures, mut failed) = (Vec::new(), Vec::new());
+    // What was measured lasts, whatever becomes of the parts that follow.
+    let mut keep = |name: &'static str, found: Outcome<Vec<Figure>>| -> Outcome {
+        match found {
+            Ok(found) => figures.extend(found),
+            Err(error) => {
+                eprintln!("{name}: {error}");
+                failed.push(name);
+            }
+        }
+        report::save(&to, &figures)
+    };
+    if wanted(COLORS) {
+        println!("-- {COLORS}");
+        keep(COLORS, crate::colors::matrix::run(&target.join("colors"), &target.join("bench/colors.md"), &[]))?;
+    }
+    if PARTS.iter().any(|(part, _)| wanted(part)) {
+        let world = World::new(program, dir, &target.join("bench"))?;
+        for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
+            println!("-- {name}");
+            keep(name, part(&world, &plots))?;
+        }
+    }
+    report::write(&to, &figures)?;
+    if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
+}
+
+/// Keeps raw measurements beside the figures.
+fn save_raw(dir: &Path, name: &str, found: &impl Serialize) -> Outcome {
+    std::fs::create_dir_all(dir)?;
+    std::fs::write(dir.join(format!("{name}.json")), serde_json::to_vec_pretty(found)?)?;
+    Ok(())
+}
