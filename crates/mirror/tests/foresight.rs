@@ -84,7 +84,7 @@ impl Scene {
 
 fn profile(pages: impl IntoIterator<Item = u32>) -> Profile {
     let mut profile = Profile::default();
-    profile.add(&pages.into_iter().map(|page| Touch { page, ms: page }).collect::<Vec<_>>());
+    profile.add(&pages.into_iter().map(|page| Touch { page, ms: page }).collect::<Vec<_>>(), u32::MAX);
     profile
 }
 

@@ -189,7 +189,7 @@ fn add(shared: &Shared, snapshot: &str, id: u64, recording: &mirror::control::Re
     let mut tries = 1;
     loop {
         let (mut profile, expect) = profile_of(shared, snapshot, id)?;
-        profile.add(&touches);
+        profile.add(&touches, until.min(recording.seen_ms));
         match publish(&shared.store, snapshot, id, expect, &profile) {
             Ok(()) => return Ok(profile),
             Err(store::Error::HeadChanged { .. }) if tries < LEARN_TRIES => tries += 1,

@@ -39,8 +39,7 @@ fn copies_have_what_their_ancestors_had_and_nothing_else() {
     ];
     prepare(&host).unwrap_or_else(|error| panic!("the first guest: {error}"));
     let mut failed = Vec::new();
-    let only = std::env::var("X_ONLY").unwrap_or_default();
-    for (name, stage) in stages.into_iter().filter(|(n, _)| n.contains(&only)) {
+    for (name, stage) in stages {
         let began = Instant::now();
         let done = stage(&host).and_then(|()| host.command(&["rm", "--force", "--all"]).map(|_| ()));
         eprintln!("{name}: {:.0} s", began.elapsed().as_secs_f64());
@@ -265,10 +264,8 @@ fn forks_under_load(host: &TestHost) -> Outcome {
 /// page, with what the holder of each freeze has: first while the holder answers, then out of the store.
 fn freezes_miss_no_write(host: &TestHost) -> Outcome {
     let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 40 } else { 6 };
-    let rounds = std::env::var("X_ROUNDS").map_or(rounds, |r| r.parse().unwrap());
-    let watch = std::env::var("X_WATCH").ok();
     // Watched for what it touches, as where a store is far away.
-    let parent = host.restore_ahead("exact", "web@ready", watch.as_deref(), None)?;
+    let parent = host.restore_ahead("exact", "web@ready", Some("none"), None)?;
     parent.await_response(Some(NONCE), MINUTES)?;
     shell(
         host,

@@ -84,6 +84,14 @@ impl Pace {
         ((fills * self.cut) as u64).clamp(BYTES_MIN, BYTES_MAX)
     }
 
+    /// What a page takes of the link's time, over what a fault that goes to the origin waits for; `None` before either is
+    /// known.
+    #[must_use]
+    pub fn page_cost(&self) -> Option<f32> {
+        let (rate, fault_s) = (self.rate.now.max(self.rate.before), self.demand_s.now.min(self.demand_s.before));
+        (rate > 0.0 && fault_s.is_finite() && fault_s > 0.0).then(|| (base::PAGE as f64 / rate / fault_s) as f32)
+    }
+
     /// A prefetch of `bytes` that took `took` ended at `now`.
     pub fn arrived(&mut self, now: Duration, took: Duration, bytes: u64) {
         let trip_s = self.trip_s.shortest(took.as_secs_f64());

@@ -71,6 +71,7 @@ pub struct Planner {
     /// Faults by segment, for Twinkle.
     segments: HashMap<u32, u32>,
     tallies: [Tally; COLORS],
+    cost: Option<f32>,
 }
 
 impl Planner {
@@ -101,7 +102,16 @@ impl Planner {
             plan_window: Window::new(PLAN_WINDOW),
             segments: HashMap::new(),
             tallies: [Tally::default(); COLORS],
+            cost: None,
         }
+    }
+
+    /// Says what a page takes of the link's time, over what a fault waits for ([`Pace::page_cost`]): the further the
+    /// store, the less of what is fetched ahead must be used for it to pay.
+    ///
+    /// [`Pace::page_cost`]: super::Pace::page_cost
+    pub fn set_cost(&mut self, cost: Option<f32>) {
+        self.cost = cost;
     }
 
     /// Pages that are to be here before the guest runs: so many of the first that [`Planner::next`] gives.
@@ -151,9 +161,9 @@ impl Planner {
             return;
         }
         for window in &mut self.windows {
-            window.judge();
+            window.judge(self.cost);
         }
-        self.plan_window.judge();
+        self.plan_window.judge(self.cost);
     }
 
     /// Writes up to `most` pages to fetch next into `out`, the most wanted first. None: nothing is wanted for now.

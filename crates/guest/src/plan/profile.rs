@@ -2,7 +2,8 @@
 //!
 //! A recording is the list of pages that one offshoot touched, in order, until its working set settled. A profile
 //! keeps for each page which of the last 32 recordings touched it, so that one odd offshoot changes little and what
-//! is no longer touched is forgotten.
+//! is no longer touched is forgotten. Recordings differ in length: one that ended before a page's time says nothing of
+//! that page.
 
 use super::Page;
 use super::leb::{put, take};
@@ -12,7 +13,7 @@ use std::fmt;
 
 /// Recordings that a profile remembers: a bit of `Entry::recent` each.
 pub(super) const RECORDINGS: u32 = u32::BITS;
-const MAGIC: &[u8; 8] = b"OFFPROF1";
+const MAGIC: &[u8; 8] = b"OFFPROF2";
 /// Of a mean over recordings, the latest has at least this weight.
 const LATEST_WEIGHT: f32 = 0.125;
 /// Where the working set is said to have settled: doubling the time adds less than this part of it.
@@ -46,6 +47,8 @@ pub(super) struct Entry {
 pub struct Profile {
     /// Recordings that count, at most 32.
     recordings: u32,
+    /// Until when each of them went, the last one first: as [`Entry::early`].
+    spans: Vec<u16>,
     /// Ascending by page.
     entries: Vec<Entry>,
 }
@@ -110,20 +113,25 @@ impl Profile {
         &self.entries
     }
 
-    /// How likely the next offshoot touches the page of `entry`: Laplace's rule over the recordings kept, without the
-    /// doubt about a single one, since sets of offshoots overlap by nine tenths.
+    /// How likely the next offshoot touches the page of `entry`: Laplace's rule over the recordings kept that went until
+    /// its time, without the doubt about a single one, since sets of offshoots overlap by nine tenths.
     pub(super) fn likelihood(&self, entry: &Entry) -> f32 {
-        let seen = entry.recent.count_ones() as f32;
-        (seen + 0.25) / (self.recordings as f32 + 0.5)
+        let seen = entry.recent.count_ones();
+        let silent =
+            self.spans.iter().enumerate().filter(|&(i, &span)| entry.recent >> i & 1 == 0 && span >= entry.early);
+        (seen as f32 + 0.25) / ((seen as usize + silent.count()) as f32 + 0.5)
     }
 
-    /// Takes a recording in: the first touch of each page, in the order of time. Later touches of a page are ignored.
-    pub fn add(&mut self, recording: &[Touch]) {
+    /// Takes a recording in that went until `until_ms`: the first touch of each page, in the order of time. Later touches
+    /// of a page are ignored.
+    pub fn add(&mut self, recording: &[Touch], until_ms: u32) {
         let mut first: HashMap<Page, (u32, u32)> = HashMap::with_capacity(recording.len());
         for (rank, touch) in recording.iter().enumerate() {
             first.entry(touch.page).or_insert((rank as u32, touch.ms));
         }
         self.recordings = (self.recordings + 1).min(RECORDINGS);
+        self.spans.insert(0, log_time(until_ms));
+        self.spans.truncate(RECORDINGS as usize);
         for entry in &mut self.entries {
             entry.recent <<= 1;
             let Some((rank, ms)) = first.remove(&entry.page) else { continue };
@@ -141,12 +149,14 @@ impl Profile {
         self.entries.sort_unstable_by_key(|e| e.page);
     }
 
-    /// Bytes to keep with the snapshot: magic, recordings and entries as LEB128, pages as differences.
+    /// Bytes to keep with the snapshot: magic, how many recordings and entries, until when each recording went, and the
+    /// entries; numbers as LEB128, pages as differences.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         put(&mut out, self.recordings);
         put(&mut out, self.entries.len() as u32);
+        self.spans.iter().for_each(|&span| put(&mut out, span.into()));
         let mut next = 0;
         for entry in &self.entries {
             put(&mut out, entry.page - next);
@@ -172,6 +182,11 @@ impl Profile {
         if recordings > RECORDINGS || count as usize > bytes.len() / 4 {
             return Err(ProfileError::Damaged(at));
         }
+        let mut spans = Vec::with_capacity(recordings as usize);
+        for _ in 0..recordings {
+            let began = at;
+            spans.push(take(bytes, &mut at)?.try_into().map_err(|_| ProfileError::Damaged(began))?);
+        }
         let mut entries = Vec::with_capacity(count as usize);
         let mut next = Some(0_u32);
         for _ in 0..count {
@@ -189,7 +204,7 @@ impl Profile {
             entries.push(Entry { page, recent, early, rank });
             next = page.checked_add(1);
         }
-        if at == bytes.len() { Ok(Self { recordings, entries }) } else { Err(ProfileError::Damaged(at)) }
+        if at == bytes.len() { Ok(Self { recordings, spans, entries }) } else { Err(ProfileError::Damaged(at)) }
     }
 
     /// One line for people.

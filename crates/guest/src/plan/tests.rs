@@ -25,7 +25,7 @@ fn recording(pages: impl IntoIterator<Item = u32>) -> Vec<Touch> {
 fn profile(recordings: &[&[u32]]) -> Profile {
     let mut out = Profile::default();
     for pages in recordings {
-        out.add(&recording(pages.iter().copied()));
+        out.add(&recording(pages.iter().copied()), u32::MAX);
     }
     out
 }
@@ -203,11 +203,51 @@ fn only_pages_with_content_are_asked_for() {
 fn profiles_remember_and_forget() {
     let mut profile = profile(&[&[5, 6]]);
     for _ in 0..31 {
-        profile.add(&recording([6, 7]));
+        profile.add(&recording([6, 7]), u32::MAX);
     }
     assert_eq!((profile.recordings(), profile.len()), (32, 3));
-    profile.add(&recording([6, 7]));
+    profile.add(&recording([6, 7]), u32::MAX);
     assert_eq!((profile.recordings(), profile.len()), (32, 2), "page 5 was not touched in 32 recordings");
+}
+
+#[test]
+fn a_recording_that_ended_early_says_nothing_of_what_comes_late() {
+    let mut profile = Profile::default();
+    let at = |pages: &[(u32, u32)]| pages.iter().map(|&(page, ms)| Touch { page, ms }).collect::<Vec<_>>();
+    profile.add(&at(&[(1, 10), (2, 9_000)]), 60_000);
+    (0..3).for_each(|_| profile.add(&at(&[(1, 10), (3, 20)]), 1_000));
+    let likely = |profile: &Profile, page: u32| {
+        profile.likelihood(profile.entries().iter().find(|e| e.page == page).expect("it is known"))
+    };
+    assert!(likely(&profile, 1) > 0.9 && likely(&profile, 2) > 0.8, "{}", likely(&profile, 2));
+    assert!(likely(&profile, 3) < 0.8, "the first went long enough to have seen it");
+    profile.add(&at(&[(1, 10)]), 60_000);
+    assert!(likely(&profile, 2) < 0.6, "one that went as long did without it");
+    assert_eq!(Profile::decode(&profile.encode()).unwrap(), profile);
+}
+
+#[test]
+fn the_further_the_store_the_less_of_a_window_must_be_used() {
+    // Every fifth page that follows in its color is used.
+    let faults = |cost: Option<f32>| {
+        let mut planner = planner("auto", template(8000, Profile::default()));
+        planner.set_cost(cost);
+        let (mut faults, mut here) = (0, HashSet::new());
+        for page in (1..8000).step_by(10) {
+            if here.contains(&page) {
+                planner.used(page);
+            } else {
+                faults += 1;
+                planner.fault(page, true);
+            }
+            here.extend(next(&mut planner, 1000));
+            planner.judge();
+        }
+        faults
+    };
+    let (unknown, near, far) = (faults(None), faults(Some(0.1)), faults(Some(0.002)));
+    assert_eq!(unknown, near);
+    assert!(far * 3 < near, "{far} faults where a page costs little, {near} where it costs much");
 }
 
 #[test]
@@ -254,7 +294,7 @@ proptest! {
     fn profiles_come_back_as_they_were_written(recordings in prop::collection::vec(prop::collection::vec(0_u32..5000, 0..200), 0..40)) {
         let mut profile = Profile::default();
         for pages in &recordings {
-            profile.add(&recording(pages.iter().copied()));
+            profile.add(&recording(pages.iter().copied()), u32::MAX);
         }
         prop_assert_eq!(Profile::decode(&profile.encode()), Ok(profile));
     }

@@ -2,9 +2,13 @@
 
 /// Pages judged before a window is changed.
 const JUDGED: u32 = 32;
-/// Part of the prefetched pages that must be used for a window to grow, and below which it shrinks.
-const GROW: f32 = 0.6;
+/// Part of the prefetched pages below which a window shrinks, where nothing is known of the link; twice as much must be
+/// used for it to grow.
 const SHRINK: f32 = 0.3;
+/// The least of it: however far the store is, bytes that nobody uses are somebody's.
+const SHRINK_MIN: f32 = 0.04;
+/// A page may be fetched in vain so much more often than time alone would have it.
+const CARE: f32 = 8.0;
 
 /// One class of prefetch, and how it does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,16 +50,18 @@ impl Window {
         self.pages = (self.pages * 2).clamp(self.bounds().0, self.bounds().1);
     }
 
-    /// Looks at what was used since the last change. To be called when what was asked for has had time to be used.
-    pub(super) fn judge(&mut self) {
+    /// Looks at what was used since the last change. To be called when what was asked for has had time to be used. `cost`:
+    /// what a page takes of the link's time, over what a fault waits for.
+    pub(super) fn judge(&mut self, cost: Option<f32>) {
         if self.asked < JUDGED {
             return;
         }
         let (least, most) = self.bounds();
         let rate = self.used as f32 / self.asked as f32;
-        if rate >= GROW {
+        let shrink = cost.map_or(SHRINK, |cost| (cost * CARE).clamp(SHRINK_MIN, SHRINK));
+        if rate >= 2.0 * shrink {
             self.pages = (self.pages * 2).min(most);
-        } else if rate < SHRINK {
+        } else if rate < shrink {
             self.pages = (self.pages / 2).max(least);
         }
         (self.asked, self.used) = (0, 0);

@@ -91,6 +91,8 @@ impl Stream {
             state.planner.used(page);
         }
         if judge {
+            let cost = state.pace.page_cost();
+            state.planner.set_cost(cost);
             state.planner.judge();
         }
     }

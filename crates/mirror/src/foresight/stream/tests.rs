@@ -11,7 +11,7 @@ const DATA: u8 = 9;
 fn stream(policy: &str, touched: &[Page]) -> Stream {
     let mut profile = Profile::default();
     let touches: Vec<Touch> = touched.iter().map(|&page| Touch { page, ms: 1 }).collect();
-    profile.add(&touches);
+    profile.add(&touches, u32::MAX);
     let mut stored = Bitmap::new(PAGES.into());
     stored.set_range(0, PAGES.into());
     let space = Space::new(vec![DATA; PAGES as usize], |_| (0, 0));
