@@ -156,7 +156,14 @@ impl Node {
             let launching = scope.spawn(|| self.launch(record.clone(), Starting::Meanwhile(coming), since));
             let source = self.source_from(&record, from, (&manifest, meta), wanted);
             // One that waits learns of a failure from the end of its channel.
-            let failed = source.map(|source| here.send(source)).err();
+            let failed = match source {
+                // Where it has ended meanwhile, it says why.
+                Ok(source) => {
+                    let _ = here.send(source);
+                    None
+                }
+                Err(error) => Some(error),
+            };
             drop(here);
             let launched = launching.join().unwrap_or(Err(Error::ShuttingDown));
             failed.map_or(launched, Err)

@@ -39,6 +39,9 @@ pub struct Span {
 /// Frames by pack and number.
 pub(crate) type Frames = HashMap<(u32, u32), Arc<Frame>>;
 
+/// A frame by pack and number, and the bytes that were read for it.
+type Read = ((u32, u32), Arc<Frame>, u32);
+
 /// Frames of one pack, to be read at once.
 struct Stretch {
     pack: Arc<Pack>,
@@ -309,7 +312,7 @@ impl Store {
         out
     }
 
-    fn read_stretch(&self, stretch: &Stretch) -> Result<Vec<((u32, u32), Arc<Frame>, u32)>, Error> {
+    fn read_stretch(&self, stretch: &Stretch) -> Result<Vec<Read>, Error> {
         let start = stretch.start();
         let mut bytes = vec![0; (stretch.end() - start) as usize];
         match self.with_object(&stretch.pack, |object| object.read_at(start, &mut bytes)) {
