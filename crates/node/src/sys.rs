@@ -232,9 +232,9 @@ mod tests {
         let mut byte = [0];
         source.read(4 * PAGE, &mut byte).unwrap();
         assert_eq!(byte, [7]);
-        let mut heads = [0; 3 * 2];
-        source.read_heads(3 * PAGE, 2, &mut heads).unwrap();
-        assert_eq!(heads, [7, 0, 7, 0, 0, 0]);
+        let mut heads = [0; 2];
+        source.read_heads(3 * PAGE, 1, &mut heads).unwrap();
+        assert_eq!(heads, [7, 7]);
         // SAFETY: allocated above with this layout, and not used after.
         unsafe { std::alloc::dealloc(memory, layout) };
     }

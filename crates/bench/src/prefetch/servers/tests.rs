@@ -24,7 +24,7 @@ fn asked(answer: &'static [u8]) -> Outcome<u64> {
 #[test]
 fn rows_are_counted_until_the_server_is_ready() {
     assert_eq!(asked(b"D\0\0\0\x06\0\0D\0\0\0\x06\0\0C\0\0\0\x05\0Z\0\0\0\x05I").unwrap(), 2);
-    let refused = asked(b"E\0\0\0\x0eSERROR\0M?\0\0Z\0\0\0\x05I").unwrap_err().to_string();
+    let refused = asked(b"E\0\0\0\x0fSERROR\0M?\0\0Z\0\0\0\x05I").unwrap_err().to_string();
     assert!(refused.contains("SERROR M?"), "{refused}");
     assert!(asked(b"D\0\0\0\x06").is_err(), "it hung up in the middle");
     assert!(asked(b"D\0\0\0\x03").is_err(), "shorter than its own length");
