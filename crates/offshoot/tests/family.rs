@@ -306,7 +306,7 @@ fn freezes_miss_no_write(host: &TestHost) -> Outcome {
     if compared * 2 < rounds {
         return Err(format!("only {compared} of {rounds} freezes could be compared").into());
     }
-    at_peace(host, &parent)
+    healthy(host, &parent)
 }
 
 /// A process that stands still until this is dropped.
