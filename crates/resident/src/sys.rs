@@ -192,7 +192,7 @@ pub(crate) fn uffd_register(uffd: &OwnedFd, start: usize, len: usize) -> io::Res
 }
 
 /// Reports pages in a range of addresses that match; with `protect`, write-protects exactly those it reports.
-/// Returns how many entries of `out` it filled, and where it stopped (early when `out` is full).
+/// Returns how many entries of `out` it filled, and from where to go on: nothing below is left to report.
 pub(crate) fn pagemap_scan(
     pagemap: &OwnedFd,
     addresses: std::ops::Range<u64>,
@@ -214,7 +214,11 @@ pub(crate) fn pagemap_scan(
     };
     // SAFETY: `arg` is the structure this ioctl takes, and its vector is `out`, whose length it states.
     let filled = check(unsafe { libc::syscall(libc::SYS_ioctl, pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) })?;
-    Ok((filled as usize, arg.walk_end))
+    let (filled, end) = (filled as usize, addresses.end);
+    // The kernel collects 512 ranges at a time, and says where the last of its collections that was *full* ended, even
+    // where it went on from there to the end (Linux 6.7 to 6.18 at least). With room left in `out` it was at the end.
+    let stopped = if filled < out.len() { end } else { out.last().map_or(end, |last| last.end.max(arg.walk_end)) };
+    Ok((filled, stopped))
 }
 
 #[cfg(test)]

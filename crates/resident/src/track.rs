@@ -146,10 +146,10 @@ impl Tracker {
     }
 }
 
-/// Appends `range`, joined to the last one where no more than `gap` lies between them.
+/// Appends `range`, joined to the last one where no more than `gap` lies between them. Never takes anything away.
 fn push(list: &mut Vec<ByteRange>, range: ByteRange, gap: u64) {
     match list.last_mut() {
-        Some(last) if last.end + gap >= range.start => last.end = range.end,
+        Some(last) if last.end + gap >= range.start => last.end = last.end.max(range.end),
         _ => list.push(range),
     }
 }

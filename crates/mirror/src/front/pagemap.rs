@@ -110,11 +110,14 @@ impl Pagemap {
             // it states, and which outlives the call.
             let filled = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
-            if arg.walk_end <= at {
+            regions[..filled].iter().for_each(&mut each);
+            // With room left the kernel was at the end, whatever it says: `walk_end` is where the last collection of
+            // 512 ranges that was *full* ended, even where the walk went on from there.
+            let stopped = if filled < REGIONS { end } else { regions[filled - 1].end.max(arg.walk_end) };
+            if stopped <= at {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            regions[..filled].iter().for_each(&mut each);
-            at = arg.walk_end;
+            at = stopped;
         }
         Ok(())
     }
@@ -145,6 +148,29 @@ mod tests {
         let (after, touched) = (present(), start + 700 * PAGE);
         assert!(!before.iter().any(|r| (r.start..r.end).contains(&touched)), "{before:?}");
         assert!(after.iter().any(|r| (r.start..r.end).contains(&touched)), "{after:?}");
+    }
+
+    #[test]
+    fn each_of_many_pages_is_told_once_and_in_order() {
+        let pages = 2600;
+        let (prot, private) =
+            (rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE, rustix::mm::MapFlags::PRIVATE);
+        let len = pages * PAGE as usize;
+        // SAFETY: the kernel chooses the place of a new mapping; it is unmapped below and not used after.
+        let memory = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, private) }.unwrap();
+        // SAFETY: this advice changes no contents.
+        unsafe { rustix::mm::madvise(memory, len, rustix::mm::Advice::LinuxNoHugepage) }.unwrap();
+        for page in (0..pages).step_by(2) {
+            // SAFETY: a byte of the mapping.
+            unsafe { memory.cast::<u8>().add(page * PAGE as usize).write_volatile(1) };
+        }
+        let mut found = Vec::new();
+        let add = |range: ByteRange| found.push(((range.start - memory as u64) / PAGE, range.len() / PAGE));
+        // 1,300 ranges: more than the kernel collects at a time.
+        Pagemap::open(std::process::id()).unwrap().present(memory as u64, len as u64, add).unwrap();
+        // SAFETY: mapped above with this length.
+        unsafe { rustix::mm::munmap(memory, len) }.unwrap();
+        assert_eq!(found, (0..pages as u64).step_by(2).map(|page| (page, 1)).collect::<Vec<_>>());
     }
 
     #[test]
