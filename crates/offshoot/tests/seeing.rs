@@ -216,7 +216,8 @@ fn shared(host: &TestHost) -> Outcome {
 /// Without a terminal: lines, until the VM ends. On one: a screen that is left again.
 fn live_on_a_terminal(host: &TestHost) -> Outcome {
     let home = host.home.to_str().ok_or("UTF-8")?;
-    let line = format!("{} --home {home} colors copy --watch", program().display());
+    // A shell that stays would answer Ctrl-C itself, with a status of its own.
+    let line = format!("exec {} --home {home} colors copy --watch", program().display());
     // Reading from it has no limit of its own.
     let mut script = Command::new("timeout")
         .args(["--foreground", "300", "script", "--quiet", "--return", "--command", &line, "/dev/null"])
