@@ -105,6 +105,9 @@ pub struct RunRequest {
     /// How much of it, from 0 to 1; only when starting from a snapshot.
     #[serde(default)]
     pub eager: Option<f32>,
+    /// Whether what it touches is added to the snapshot's access profile, as it is where this is absent.
+    #[serde(default)]
+    pub learn: Option<bool>,
 }
 
 /// What a VM starts from.

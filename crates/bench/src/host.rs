@@ -82,6 +82,7 @@ impl Host {
             append: None,
             prefetch: None,
             eager: None,
+            learn: None,
         };
         let vm: Vm = self.client.post("/v1/vms", &request)?;
         Guest::of(&vm.name, &vm.publish)
@@ -118,6 +119,7 @@ impl Host {
             append: None,
             prefetch: prefetch.map(str::to_owned),
             eager,
+            learn: None,
         };
         let vm: Vm = self.client.post("/v1/vms", &request)?;
         Guest::of(&vm.name, &vm.publish)

@@ -80,7 +80,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// Writes figures as JSON: all of them, or what was there stays.
+/// Writes figures as JSON: all of them, or what was there stays. Figures of the file that were not measured now stay in
+/// it: a benchmark may be run in parts. A short run's say so in their command.
 ///
 /// # Errors
 /// Where the file cannot be written.
@@ -88,8 +89,21 @@ pub fn save(path: &Path, figures: &[Figure]) -> Outcome {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir)?;
     }
+    let before: Vec<serde_json::Value> =
+        std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let now: Vec<&str> = figures.iter().map(|f| f.figure.as_str()).collect();
+    let mut all: Vec<serde_json::Value> =
+        before.into_iter().filter(|f| f["figure"].as_str().is_some_and(|name| !now.contains(&name))).collect();
+    let short = std::env::var("BENCH_QUICK").is_ok_and(|v| !v.is_empty() && v != "0");
+    for figure in figures {
+        let mut value = serde_json::to_value(figure)?;
+        if short {
+            value["command"] = format!("BENCH_QUICK=1 {}", figure.command).into();
+        }
+        all.push(value);
+    }
     let new = path.with_extension("json.new");
-    std::fs::write(&new, serde_json::to_vec_pretty(figures)?)?;
+    std::fs::write(&new, serde_json::to_vec_pretty(&all)?)?;
     std::fs::rename(new, path)?;
     Ok(())
 }

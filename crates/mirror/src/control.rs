@@ -102,14 +102,15 @@ pub enum ExportSource {
 /// What to do for a VM's RAM beyond answering its faults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Foresee {
-    /// The VM, registered.
+    /// The VM; registered, where its RAM has an address.
     pub vm: String,
     /// The RAM file that equals the RAM it started with: VMs that name the same one share their prefetch.
     pub ram: u64,
     /// The map it started with: `base::RamMap` in text.
     pub map: String,
-    /// Address of its RAM in its process.
-    pub address: u64,
+    /// Address of its RAM in its process. None: its hypervisor is yet to start, and what it will touch is fetched
+    /// meanwhile; the same is said again, with the address, before the guest runs.
+    pub address: Option<u64>,
     /// File with what is known of its template, as `guest::plan::Template` encodes it; none: nothing is fetched.
     pub template: Option<PathBuf>,
     /// As `guest::plan::Policy` writes it.

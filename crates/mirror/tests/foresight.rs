@@ -51,17 +51,21 @@ impl Scene {
     }
 
     fn foresee(&mut self, mapping: &Mapping, policy: &str, profile: Profile) {
-        let spec = Foresee {
+        let spec = self.spec(Some(mapping), policy, profile);
+        self.client.foresee(spec).unwrap();
+    }
+
+    fn spec(&self, mapping: Option<&Mapping>, policy: &str, profile: Profile) -> Foresee {
+        Foresee {
             vm: "web".to_owned(),
             ram: RAM,
             map: self.map.encode(),
-            address: mapping.bytes().as_ptr() as u64,
+            address: mapping.map(|mapping| mapping.bytes().as_ptr() as u64),
             template: Some(self.template(profile)),
             policy: policy.to_owned(),
             eager: 0.5,
             record: true,
-        };
-        self.client.foresee(spec).unwrap();
+        }
     }
 
     fn faults(&mut self) -> u64 {
@@ -113,6 +117,33 @@ fn what_was_recorded_is_there_before_it_is_touched() {
     let stream = scene.rest();
     let (faults, ahead, used) = stream.by_color[&DATA];
     assert_eq!((faults, ahead, used), (1, planned.len() as u64, planned.len() as u64));
+}
+
+#[test]
+fn what_is_told_before_the_hypervisor_is_there_is_fetched_meanwhile() {
+    let mut scene = scene();
+    let planned = 64..192;
+    let mut early = scene.spec(None, "auto", profile(planned.clone()));
+    early.vm = "next".to_owned();
+    // The kernel takes no pages of a file that nobody has looked up.
+    let _known = std::fs::File::open(scene.mirror.ram(RAM)).unwrap();
+    scene.client.foresee(early.clone()).unwrap();
+    let bytes = planned.len() as u64 * PAGE as u64;
+    assert_eq!(scene.rest().fetched_bytes, bytes);
+    scene.client.register_vm("next", std::process::id()).unwrap();
+    let mapping = Mapping::of(&scene.mirror.ram(RAM), LEN);
+    // The template has been read: the stream is the one that there is.
+    let late = Foresee { address: Some(mapping.bytes().as_ptr() as u64), template: Some("/gone".into()), ..early };
+    scene.client.foresee(late.clone()).unwrap();
+    for page in planned {
+        let page = page as usize;
+        assert!(mapping.page(page) == &scene.content[page * PAGE..(page + 1) * PAGE], "page {page}");
+    }
+    assert_eq!(scene.client.stats(Some("next")).unwrap().vms["next"].ram_faults, 0);
+    assert_eq!(scene.rest().fetched_bytes, bytes);
+    scene.client.unregister_vm("next").unwrap();
+    assert!(scene.client.stats(None).unwrap().streams.is_empty(), "nobody follows it any more");
+    assert!(scene.client.foresee(late).is_err(), "a VM that is gone");
 }
 
 #[test]
@@ -173,7 +204,7 @@ fn what_makes_no_sense_is_refused_by_name() {
         vm: "web".to_owned(),
         ram: RAM,
         map: scene.map.encode(),
-        address: mapping.bytes().as_ptr() as u64,
+        address: Some(mapping.bytes().as_ptr() as u64),
         template: Some(scene.template(Profile::default())),
         policy: "auto".to_owned(),
         eager: 0.5,

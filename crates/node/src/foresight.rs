@@ -9,7 +9,7 @@ use crate::node::Shared;
 use crate::record::SnapshotMeta;
 use base::{Bitmap, PAGE, RamMap, Source};
 use guest::Coloring;
-use guest::plan::{Eager, Policy, Profile, Space, Template, Touch, settled, traits};
+use guest::plan::{Eager, Policy, Profile, Space, Template, Touch, traits};
 use mirror::control::Foresee;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,9 +18,11 @@ use store::{Expect, Manifest, Store};
 
 /// Recordings after which a profile is good enough: recording costs a VM a little.
 const RECORDINGS_ENOUGH: u32 = 8;
-/// How often a recording is looked at, and the longest that one takes.
+/// How often a recording is looked at, and the longest that one takes; the least, where the VM lives so long: servers
+/// whose requests differ go on touching what no window of a few seconds shows, however well it seemed to settle.
 const LOOK: Duration = Duration::from_millis(500);
 const RECORD_MAX_MS: u32 = 60_000;
+const RECORD_LEAST_MS: u32 = 20_000;
 /// A VM that ended before it ran so long taught nothing.
 const RECORD_MIN_MS: u32 = 500;
 /// Tries to add a recording where others add theirs.
@@ -37,6 +39,7 @@ pub struct Ahead {
     id: u64,
     template: Option<PathBuf>,
     pub(crate) record: bool,
+    learns: bool,
 }
 
 impl Ahead {
@@ -48,7 +51,8 @@ impl Ahead {
         dir: &Path,
         (policy, eager): (Policy, Eager),
     ) -> Self {
-        let ahead = Self { policy, eager, snapshot: snapshot.to_owned(), id: meta.id, template: None, record: false };
+        let name = snapshot.to_owned();
+        let ahead = Self { policy, eager, snapshot: name, id: meta.id, template: None, record: false, learns: true };
         // Whatever fails here costs speed and nothing else.
         let profile = match profile_of(shared, snapshot, meta.id) {
             Ok((profile, _)) => profile,
@@ -75,8 +79,18 @@ impl Ahead {
         }
     }
 
-    /// What the mirror is told, of a VM whose RAM lies at `address`.
-    pub(crate) fn spec(&self, vm: &str, map: &RamMap, address: u64) -> Foresee {
+    /// Whether what the VM touches is added to the profile. It is watched in any case, so that what it touches is seen.
+    pub(crate) fn learning(self, learns: bool) -> Self {
+        Self { learns, ..self }
+    }
+
+    /// Whether anything is fetched ahead.
+    pub(crate) fn fetches(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// What the mirror is told, of a VM whose RAM lies at `address` once its hypervisor runs.
+    pub(crate) fn spec(&self, vm: &str, map: &RamMap, address: Option<u64>) -> Foresee {
         Foresee {
             vm: vm.to_owned(),
             ram: self.id,
@@ -89,26 +103,30 @@ impl Ahead {
         }
     }
 
-    /// Waits until the VM's working set has settled, in a thread of its own, and adds it to the profile.
+    /// Waits until the VM's working set has settled, in a thread of its own, and adds it to the profile. One that ends
+    /// before teaches what it can ([`ended`]).
     pub(crate) fn learn(&self, shared: &Arc<Shared>, vm: &str) {
-        let (shared, vm, snapshot, id) = (Arc::downgrade(shared), vm.to_owned(), self.snapshot.clone(), self.id);
+        if !self.learns {
+            return;
+        }
+        shared.learning.lock().expect("no holder panics").insert(vm.to_owned(), self.clone());
+        let (shared, vm, id) = (Arc::downgrade(shared), vm.to_owned(), self.id);
         let name = vm.clone();
         let recorder = move || {
             loop {
                 std::thread::sleep(LOOK);
                 let Some(shared) = shared.upgrade() else { return };
-                // It has ended, or another mirror has come, which did not see it start.
+                if shared.learning.lock().expect("no holder panics").get(&vm).is_none_or(|ahead| ahead.id != id) {
+                    return;
+                }
+                // Another mirror has come, which did not see it start.
                 let Ok(seen) = shared.mirror.recording(&vm, false) else { return };
-                if seen.settled_ms.is_none() && seen.seen_ms < RECORD_MAX_MS {
+                let settled = seen.settled_ms.is_some() && seen.seen_ms >= RECORD_LEAST_MS;
+                if !settled && seen.seen_ms < RECORD_MAX_MS {
                     continue;
                 }
-                let taught = shared.mirror.recording(&vm, true).and_then(|r| add(&shared, &snapshot, id, &r));
-                match taught {
-                    Ok(profile) => {
-                        log::info!("{snapshot}: {}", profile.describe());
-                        crate::layout::learnt(&shared, &snapshot, &profile);
-                    }
-                    Err(error) => log::warn!("what {vm} touched is not kept: {}", error.whole()),
+                if let Some((ahead, recording)) = recorded(&shared, &vm) {
+                    ahead.teach(&shared, &vm, &recording);
                 }
                 return;
             }
@@ -116,6 +134,46 @@ impl Ahead {
         if let Err(error) = std::thread::Builder::new().name("vm-learn".into()).spawn(recorder) {
             log::warn!("{name} is not recorded: {error}");
         }
+    }
+
+    fn teach(&self, shared: &Arc<Shared>, vm: &str, recording: &mirror::control::Recording) {
+        match add(shared, &self.snapshot, self.id, recording) {
+            Ok(profile) => {
+                log::info!("{}: {}", self.snapshot, profile.describe());
+                crate::layout::learnt(shared, &self.snapshot, &profile);
+            }
+            Err(error) => log::warn!("what {vm} touched is not kept: {}", error.whole()),
+        }
+    }
+}
+
+/// Takes what was recorded of a VM, once.
+fn recorded(shared: &Shared, vm: &str) -> Option<(Ahead, mirror::control::Recording)> {
+    let ahead = shared.learning.lock().expect("no holder panics").remove(vm)?;
+    match shared.mirror.recording(vm, true) {
+        Ok(recording) => Some((ahead, recording)),
+        Err(error) => {
+            log::debug!("what {vm} touched is not known: {}", error.whole());
+            None
+        }
+    }
+}
+
+/// A VM's hypervisor has ended; the mirror still knows the VM. What it has touched until now is added to the profile, in
+/// a thread of its own.
+pub(crate) fn ended(shared: &Arc<Shared>, vm: &str) {
+    let Some((ahead, recording)) = recorded(shared, vm) else { return };
+    if recording.seen_ms < RECORD_MIN_MS {
+        return;
+    }
+    let (shared, vm) = (Arc::downgrade(shared), vm.to_owned());
+    let taught = std::thread::Builder::new().name("vm-learn".into()).spawn(move || {
+        if let Some(shared) = shared.upgrade() {
+            ahead.teach(&shared, &vm, &recording);
+        }
+    });
+    if let Err(error) = taught {
+        log::warn!("what a VM touched is not kept: {error}");
     }
 }
 
@@ -179,17 +237,11 @@ fn profile_in(store: &Store, snapshot: &str, id: u64) -> Result<(Profile, Expect
 
 /// Adds a recording to the profile of a snapshot.
 fn add(shared: &Shared, snapshot: &str, id: u64, recording: &mirror::control::Recording) -> Result<Profile> {
-    if recording.seen_ms < RECORD_MIN_MS {
-        return Err(Error::Conflict(format!("it ran for {} ms only", recording.seen_ms)));
-    }
-    let times: Vec<u32> = recording.touches.iter().map(|(_, ms)| *ms).collect();
-    let until = settled(&times, recording.seen_ms).unwrap_or(u32::MAX);
-    let touches: Vec<Touch> =
-        recording.touches.iter().filter(|(_, ms)| *ms <= until).map(|&(page, ms)| Touch { page, ms }).collect();
+    let touches: Vec<Touch> = recording.touches.iter().map(|&(page, ms)| Touch { page, ms }).collect();
     let mut tries = 1;
     loop {
         let (mut profile, expect) = profile_of(shared, snapshot, id)?;
-        profile.add(&touches, until.min(recording.seen_ms));
+        profile.add(&touches, recording.seen_ms);
         match publish(&shared.store, snapshot, id, expect, &profile) {
             Ok(()) => return Ok(profile),
             Err(store::Error::HeadChanged { .. }) if tries < LEARN_TRIES => tries += 1,

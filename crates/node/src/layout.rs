@@ -56,7 +56,7 @@ pub(crate) fn learnt(shared: &Shared, snapshot: &str, profile: &Profile) {
     }
     sys::lowest_priority();
     match arrange(shared, snapshot, false, &|_, _| {}) {
-        Ok(done) if done.moved == 0 => log::debug!("{snapshot}: {} pages lie well", done.pages),
+        Ok(done) if done.moved == 0 => log::info!("{snapshot}: {} pages lie well as they are", done.pages),
         Ok(done) => log::info!(
             "{snapshot}: {} pages moved; fetching what is known to be touched takes {} in {} requests, {} in {} before",
             done.moved,

@@ -76,6 +76,8 @@ pub struct Shared {
     pub(crate) files: Files,
     /// The colors of VMs that were looked at.
     pub(crate) looks: Looks,
+    /// VMs that are recorded, by name, until somebody takes the recording in.
+    pub(crate) learning: Mutex<HashMap<String, crate::foresight::Ahead>>,
 }
 
 /// What a name stands for.
@@ -202,6 +204,7 @@ impl Node {
             arranging: Mutex::default(),
             files: Files::default(),
             looks: Looks::default(),
+            learning: Mutex::default(),
         });
         let committer = Committer::start(&shared)?;
         crate::recover::recover(&shared, &committer)?;

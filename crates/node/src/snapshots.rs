@@ -131,7 +131,8 @@ impl Node {
         }
         let wanted = foresight::chosen(&self.shared, request.prefetch.as_deref(), request.eager)?;
         // Where nobody asks for it and nothing is far away, a VM is not even watched.
-        let wanted = (request.prefetch.is_some() || self.shared.is_shared()).then_some(wanted);
+        let learns = request.learn != Some(false);
+        let wanted = (request.prefetch.is_some() || self.shared.is_shared()).then_some((wanted, learns));
         let (manifest, meta) = self.snapshot(from)?;
         let mut origin = meta.origin.clone();
         if let Some(files) = image::carried_files(&manifest, &self.shared.home.path("kernels")) {
@@ -182,7 +183,7 @@ impl Node {
         record: &VmRecord,
         from: &str,
         (manifest, meta): (&store::Manifest, SnapshotMeta),
-        wanted: Option<(Policy, Eager)>,
+        wanted: Option<((Policy, Eager), bool)>,
     ) -> Result<Source> {
         let shared = &self.shared;
         let disks: Vec<store::Version> =
@@ -198,9 +199,9 @@ impl Node {
                 let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied());
                 self.pin(record.id, versions.collect())
             });
-            let ahead = wanted.map(|wanted| {
+            let ahead = wanted.map(|(wanted, learns)| {
                 let (meta, map, dir) = (&meta, &frozen_map, &dir);
-                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, wanted))
+                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, wanted).learning(learns))
             });
             let meta = self.adopted(manifest, meta.clone())?;
             let map = RamMap::decode(&meta.map).map_err(bad_map)?;

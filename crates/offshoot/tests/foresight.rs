@@ -22,6 +22,8 @@ fn offshoot(host: &TestHost, name: &str, policy: &str) -> Outcome<(u64, Option<V
     let guest = host.restore_ahead(name, "web@1", Some(policy), None)?;
     ready(&guest)?;
     let counted = counted(host, &guest)?;
+    // Half a second is the least that teaches.
+    std::thread::sleep(Duration::from_millis(600));
     // So that the next one finds nothing of it in memory.
     host.command(&["rm", "--force", name])?;
     Ok(counted)
@@ -47,19 +49,26 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
 
     let (alone, none) = offshoot(&host, "cold", "none")?;
     assert!(none.is_none(), "nothing is fetched ahead: {none:?}");
+    let said = |words: &str| -> Outcome<bool> {
+        Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains(words))
+    };
+    eventually("one that has ended has taught what it could", || said("touched in 1 recordings"))?;
 
-    // One that lives until it has taught something.
+    host.command(&["run", "--from", "web@1", "--name", "shy", "--prefetch", "none", "--no-learn"])?;
+    std::thread::sleep(Duration::from_secs(1));
+    host.command(&["rm", "--force", "shy"])?;
+
+    // One that lives until it has taught something; the one before has not.
     let teacher = host.restore_ahead("teacher", "web@1", Some("none"), None)?;
     ready(&teacher)?;
     eventually("the profile is learnt", || {
         teacher.await_response(None, MINUTES)?;
         std::thread::sleep(Duration::from_millis(500));
-        Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains("touched in 1 recordings"))
+        said("touched in 2 recordings")
     })?;
+    assert!(!said("touched in 3 recordings")?);
     host.command(&["rm", "--force", "teacher"])?;
-    eventually("what it touched is laid down in order", || {
-        Ok(std::fs::read_to_string(host.home.join("run/daemon.log"))?.contains("pages moved; fetching"))
-    })?;
+    eventually("what the first touched is laid down in order", || said("pages moved; fetching"))?;
     let told = host.command(&["snapshot", "arrange", "web@1", "--json"])?;
     let told: api::SnapshotArranged = serde_json::from_str(&told)?;
     assert!(told.pages > 256 && told.moved == told.pages && told.left == 0, "{told:?}");

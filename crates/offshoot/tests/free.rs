@@ -31,6 +31,7 @@ fn kept(host: &TestHost, name: &str, append: &str) -> Outcome<api::Snapshot> {
         append: (!append.is_empty()).then(|| append.to_owned()),
         prefetch: None,
         eager: None,
+        learn: None,
     };
     let vm: Vm = host.client.post("/v1/vms", &request)?;
     let guest = Guest::of(&vm.name, &vm.publish)?;

@@ -291,6 +291,7 @@ fn starts(scene: &Scene, random: &mut Random) -> Outcome {
             append,
             prefetch: None,
             eager: None,
+            learn: None,
         };
         scene.host.client.post::<Vm>("/v1/vms", &request)?;
         Ok(())

@@ -64,7 +64,7 @@ fn later(world: &World, name: &str, seed: impl Fn(u64) -> u64 + Send + Sync) -> 
 /// Starts an offshoot and drives it; seconds until its first answer.
 fn drive(node: &Node<'_>, name: &str, policy: &str, seed: u64, busy: Duration) -> Outcome<f64> {
     let began = Instant::now();
-    let vm = node.start(name, SERVER.name(), policy, None)?;
+    let vm = node.start(name, SERVER.name(), (policy, None), false)?;
     let mut session = Session::new(SERVER, published(&vm, SERVER.port())?, Set::B, seed);
     Ok(session.drive(began, busy)?.first_s)
 }

@@ -145,7 +145,7 @@ impl World {
             node.warm(tag)?;
             for seed in 1..=offshoots {
                 let (began, name) = (Instant::now(), format!("t{seed}"));
-                let vm = node.start(&name, tag, "none", None)?;
+                let vm = node.start(&name, tag, ("none", None), true)?;
                 let mut session = Session::new(server, published(&vm, server.port())?, Set::A, seed);
                 session.drive(began, self.busy())?;
                 while node.taught()? < seed as usize {
@@ -157,6 +157,15 @@ impl World {
                 println!("{tag}: offshoot {seed} has taught after {:.1} s", began.elapsed().as_secs_f64());
                 node.host.remove(&name)?;
             }
+            // Behind the first recording and the third.
+            let (began, layouts) = (Instant::now(), if offshoots < 3 { 1 } else { 2 });
+            while node.laid_down()? < layouts {
+                if began.elapsed() > TRAINING {
+                    return Err(format!("{tag}: what was learnt is not laid down within {TRAINING:?}").into());
+                }
+                std::thread::sleep(SAMPLE);
+            }
+            println!("{tag}: laid down after {:.1} s more", began.elapsed().as_secs_f64());
             Ok(())
         })?;
         self.profile(tag)
@@ -169,7 +178,7 @@ impl Node<'_> {
         let link = self.world.network.left_origin()?;
         let fetched = self.fetched_bytes()?;
         let began = Instant::now();
-        let vm = self.start("it", server.name(), &case.policy, case.eager)?;
+        let vm = self.start("it", server.name(), (&case.policy, case.eager), false)?;
         let run_s = began.elapsed().as_secs_f64();
         let mut session = Session::new(server, published(&vm, server.port())?, Set::B, seed);
         let done = AtomicBool::new(false);

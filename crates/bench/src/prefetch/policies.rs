@@ -15,19 +15,26 @@ use std::path::Path;
 
 /// Offshoots that teach.
 const TEACHERS: u64 = 3;
-/// Cases: name in plots, policy, trained, all-local.
-const CASES: [(&str, &str, bool, bool); 11] = [
-    ("all-local", "none", false, true),
-    ("none", "none", false, false),
-    ("readahead", "readahead:16", false, false),
-    ("color", "color", false, false),
-    ("auto untrained", "auto", false, false),
-    ("plain untrained", "auto:plain", false, false),
-    ("auto", "auto", true, false),
-    ("replay", "replay", true, false),
-    ("intersect", "intersect", true, false),
-    ("twinkle", "twinkle:64,4", true, false),
-    ("all", "all", false, false),
+/// Cases: name in plots, policy, all-local. Before anything was learnt, and with what the template was laid down as then.
+const UNTRAINED: [(&str, &str, bool); 6] = [
+    ("none untrained", "none", false),
+    ("readahead untrained", "readahead:16", false),
+    ("color untrained", "color", false),
+    ("auto untrained", "auto", false),
+    ("plain untrained", "auto:plain", false),
+    ("all untrained", "all", false),
+];
+/// Behind it: what was learnt is there for those that use it, and the template is laid down by it for all.
+const TRAINED: [(&str, &str, bool); 9] = [
+    ("all-local", "none", true),
+    ("none", "none", false),
+    ("readahead", "readahead:16", false),
+    ("color", "color", false),
+    ("auto", "auto", false),
+    ("replay", "replay", false),
+    ("intersect", "intersect", false),
+    ("twinkle", "twinkle:64,4", false),
+    ("all", "all", false),
 ];
 /// What `auto` is compared with: policies that anybody could choose.
 const OTHERS: [&str; 6] = ["readahead", "color", "replay", "intersect", "twinkle", "all"];
@@ -43,29 +50,25 @@ struct Judged {
 pub(super) fn run(world: &World, plots: &Path) -> Outcome<Vec<Figure>> {
     let mut judged: Vec<Judged> = Vec::new();
     for server in Server::ALL {
+        let mut judge = |cases: &[(&'static str, &str, bool)], profile: Option<&Profile>| -> Outcome {
+            for round in 0..world.rounds {
+                for &(case, policy, local) in cases {
+                    let trained = profile.is_some();
+                    let of = Case { server: server.name(), policy: policy.into(), eager: None, trained, local };
+                    let seen = world.judge(&of, server, profile, 100 + round)?;
+                    judged.push(Judged { case, server, seen });
+                }
+            }
+            Ok(())
+        };
+        judge(&UNTRAINED, None)?;
         let profile = world.train(server, if world.quick { 2 } else { TEACHERS })?;
         let profile = profile.ok_or_else(|| Failure::from(format!("{}: nothing was learnt", server.name())))?;
-        for round in 0..world.rounds {
-            for (case, policy, trained, local) in CASES {
-                let seen = once(world, server, (policy, trained, local), &profile, round)?;
-                judged.push(Judged { case, server, seen });
-            }
-        }
+        judge(&TRAINED, Some(&profile))?;
         save_raw(&world.raw, "prefetch-policies", &judged.iter().map(|j| (j.case, &j.seen)).collect::<Vec<_>>())?;
     }
     plot(&judged, plots)?;
     Ok(figures(&judged))
-}
-
-fn once(
-    world: &World,
-    server: Server,
-    (policy, trained, local): (&str, bool, bool),
-    profile: &Profile,
-    round: u64,
-) -> Outcome<Seen> {
-    let case = Case { server: server.name(), policy: policy.into(), eager: None, trained, local };
-    world.judge(&case, server, Some(profile), 100 + round)
 }
 
 /// The repetitions of a case of a server, told in a number.
@@ -99,15 +102,17 @@ fn figures(judged: &[Judged]) -> Vec<Figure> {
     };
     let mut gain = ratios(judged, "auto untrained", "plain untrained", &blocked);
     gain.sort_by(f64::total_cmp);
+    // A guest that waits for one waits for no byte: it is zero in the store.
     let free = judged.iter().flat_map(|j| &j.seen.by_color).filter(|c| c.0 == Color::Free as u8);
-    let free: u64 = free.map(|c| (c.1 + c.2) * base::PAGE).sum();
+    let free: u64 = free.map(|c| c.2 * base::PAGE).sum();
     let slow = |case: &str| slow_seconds(judged, case);
     let over = |ours: &[f64], theirs: &[f64]| -> Vec<f64> {
         ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs.max(1e-9)).collect()
     };
     vec![
         worst("blocking_trained", "x", ratios(judged, "auto", "none", &blocked)).asked("<=", 0.05),
-        worst("blocking_untrained", "x", ratios(judged, "auto untrained", "none", &blocked)).asked("<=", 0.4),
+        worst("blocking_trained_over_unlearnt", "x", ratios(judged, "auto", "none untrained", &blocked)),
+        worst("blocking_untrained", "x", ratios(judged, "auto untrained", "none untrained", &blocked)).asked("<=", 0.4),
         worst("first_answer_ratio", "x", ratios(judged, "auto", "all-local", &first)).asked("<=", 1.15),
         worst("warmup_ratio", "x", over(&slow("auto").0, &slow("none").0)).asked("<=", 0.1),
         worst("warmup_lost_ratio", "x", over(&slow("auto").1, &slow("none").1)),
@@ -118,6 +123,7 @@ fn figures(judged: &[Judged]) -> Vec<Figure> {
         worst("bytes_vs_best", "x", least(&bytes)).asked("<=", 1.05),
         // The second best of the servers: the middle one of three.
         Figure { value: gain[1], ..Figure::new("color_gain", "x", gain.clone(), COMMAND) }.asked("<=", 0.9),
+        worst("layout_bytes_ratio", "x", ratios(judged, "none", "none untrained", &bytes)),
         Figure::new("free_bytes_fetched", "bytes", vec![free as f64], COMMAND).asked("<=", 0.0),
     ]
 }
@@ -150,7 +156,7 @@ fn plot(judged: &[Judged], dir: &Path) -> Outcome {
         ("prefetch-first", "Time to the first answer", "s", |seen| seen.driven.first_s),
     ];
     for (name, title, unit, value) in kinds {
-        for (part, cases) in [("", &CASES[..7]), ("-others", &CASES[6..])] {
+        for (part, cases) in [("", &TRAINED[1..]), ("-untrained", &UNTRAINED[..])] {
             let series = cases.iter().map(|(case, ..)| Series {
                 name: (*case).into(),
                 points: Server::ALL
@@ -161,8 +167,7 @@ fn plot(judged: &[Judged], dir: &Path) -> Outcome {
             });
             let bars = Bars {
                 title: title.into(),
-                subtitle: "cold node, 1 Gbit/s with 20 ms added; trained on others' requests where the policy learns"
-                    .into(),
+                subtitle: "cold node, 1 Gbit/s with 20 ms added; trained on others' requests, or not".into(),
                 y: unit.into(),
                 groups: groups.clone(),
                 series: series.collect(),
@@ -176,7 +181,7 @@ fn plot(judged: &[Judged], dir: &Path) -> Outcome {
 /// What each policy had brought to the node over time, for one server each.
 fn footprints(judged: &[Judged], dir: &Path) -> Outcome {
     for server in Server::ALL {
-        let series = ["none", "color", "auto untrained", "auto", "all"].iter().filter_map(|case| {
+        let series = ["none", "color", "auto untrained", "auto", "replay", "all"].iter().filter_map(|case| {
             let found = judged.iter().find(|j| j.case == *case && j.server == server)?;
             let points = found.seen.samples.iter();
             let points = points.map(|s| Point { x: s.at_s, runs: vec![mib(s.brought_bytes)] }).collect();

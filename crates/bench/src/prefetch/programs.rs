@@ -78,7 +78,7 @@ fn once(world: &World, program: &str, policy: &str, local: bool) -> Outcome<(f64
         if local {
             node.warm(PROGRAMS)?;
         }
-        let vm = node.start("it", PROGRAMS, policy, None)?;
+        let vm = node.start("it", PROGRAMS, (policy, None), false)?;
         let began = Instant::now();
         get(published(&vm, Server::Web.port())?, &format!("/run/{program}/7"), LIMIT)?;
         let took = began.elapsed().as_secs_f64();
@@ -90,7 +90,7 @@ fn teach(world: &World, program: &str) -> Outcome {
     world.at_node(|node| {
         for seed in 1..=2 {
             let (began, name) = (Instant::now(), format!("t{seed}"));
-            let vm = node.start(&name, PROGRAMS, "none", None)?;
+            let vm = node.start(&name, PROGRAMS, ("none", None), true)?;
             let address = published(&vm, Server::Web.port())?;
             while node.taught()? < seed {
                 if began.elapsed() > LIMIT {

@@ -103,21 +103,36 @@ impl World {
         for place in [Place::Origin, Place::Node(0)] {
             network.default_route(place)?;
         }
-        // Templates take minutes: a directory named for it keeps them for the next run.
-        let origin = std::env::var_os("BENCH_TEMPLATES").map_or_else(|| dir.join("origin"), PathBuf::from);
-        std::fs::create_dir_all(&origin)?;
-        let weed = weed(&network, &origin)?;
+        // Templates take minutes: a directory named for it keeps them, as they are before anybody has learnt, for the
+        // next run.
+        let origin = dir.join("origin");
+        let kept = std::env::var_os("BENCH_TEMPLATES").map(PathBuf::from);
+        let complete = kept.as_ref().map(|kept| kept.join("complete"));
+        let are_kept = complete.as_ref().is_some_and(|complete| complete.exists());
+        match &kept {
+            Some(kept) if are_kept => copy_tree(&kept.join("origin"), &origin)?,
+            _ => std::fs::create_dir_all(&origin)?,
+        }
+        let server = weed(&network, &origin)?;
         let line = Line::start(&network, LINE_PORT, S3_PORT)?;
         let (quick, raw) = (asked("BENCH_QUICK").is_some(), raw.to_owned());
         let (program, dir) = (program.to_owned(), dir.to_owned());
-        let world = Self { program, dir, quick, rounds, raw, _line: line, weed, network };
-        let complete = origin.join("templates");
-        if !complete.exists() {
+        let mut world = Self { program, dir, quick, rounds, raw, _line: line, weed: server, network };
+        if !are_kept {
             let guest = world.build()?;
             let began = Instant::now();
             world.network.within(Place::Origin, || world.make_templates(&guest))?;
             println!("templates made in {:.0} s", began.elapsed().as_secs_f64());
+        }
+        if let (Some(kept), Some(complete), false) = (kept, complete, are_kept) {
+            // Not under a server that writes.
+            world.weed.kill()?;
+            world.weed.wait()?;
+            let _ = std::fs::remove_dir_all(&kept);
+            std::fs::create_dir_all(&kept)?;
+            copy_tree(&origin, &kept.join("origin"))?;
             std::fs::write(complete, "")?;
+            world.weed = weed(&world.network, &origin)?;
         }
         Ok(world)
     }
@@ -183,6 +198,7 @@ impl World {
             append: None,
             prefetch: None,
             eager: None,
+            learn: None,
         };
         let vm: Vm = host.client.post("/v1/vms", &request)?;
         let began = Instant::now();
@@ -250,8 +266,14 @@ impl World {
 }
 
 impl Node<'_> {
-    /// Starts an offshoot of a snapshot.
-    pub(super) fn start(&self, name: &str, tag: &str, prefetch: &str, eager: Option<f32>) -> Outcome<Vm> {
+    /// Starts an offshoot of a snapshot, which teaches or does not.
+    pub(super) fn start(
+        &self,
+        name: &str,
+        tag: &str,
+        (prefetch, eager): (&str, Option<f32>),
+        learn: bool,
+    ) -> Outcome<Vm> {
         let request = RunRequest {
             name: Some(name.into()),
             from: From::Snapshot(format!("{TEMPLATE}@{tag}")),
@@ -262,6 +284,7 @@ impl Node<'_> {
             append: None,
             prefetch: Some(prefetch.into()),
             eager,
+            learn: Some(learn),
         };
         Ok(self.host.client.post("/v1/vms", &request)?)
     }
@@ -280,9 +303,22 @@ impl Node<'_> {
 
     /// How many recordings the daemon says it has added since it started.
     pub(super) fn taught(&self) -> Outcome<usize> {
-        let log = std::fs::read_to_string(self.host.home.join("run/daemon.log"))?;
-        Ok(log.lines().filter(|line| line.contains(" touched in ")).count())
+        self.said(&[" touched in "])
     }
+
+    /// How often the daemon says it has laid a template down since it started, or found that it lies well.
+    pub(super) fn laid_down(&self) -> Outcome<usize> {
+        self.said(&[" pages moved; ", " pages lie well", "is not laid down"])
+    }
+
+    fn said(&self, words: &[&str]) -> Outcome<usize> {
+        let log = std::fs::read_to_string(self.host.home.join("run/daemon.log"))?;
+        Ok(log.lines().filter(|line| words.iter().any(|word| line.contains(word))).count())
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) -> Outcome {
+    finish(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(from).arg(to)).map(drop)
 }
 
 fn publish() -> Outcome<Vec<String>> {

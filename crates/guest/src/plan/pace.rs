@@ -19,8 +19,11 @@ const DRAIN: Duration = Duration::from_millis(200);
 const SPAN: Duration = Duration::from_millis(20);
 /// Demand so much slower than its best suffers from prefetch.
 const SUFFERS: f64 = 2.0;
-/// What suffering costs, and what each span gives back.
-const CUT: f64 = 0.5;
+/// What suffering costs, down to the least, and what each span gives back. Half of what fills the link meets no queue of
+/// its own: demand that is slow then is so for another reason, as where processors are short, and less prefetch would
+/// only make more of it.
+const CUT: f64 = 0.7;
+const CUT_MOST: f64 = 0.5 / GAIN;
 const HEAL: f64 = 1.1;
 
 /// The best of this epoch and of the one before.
@@ -57,6 +60,8 @@ pub struct Pace {
     demand_s: Best,
     cut: f64,
     draining: bool,
+    /// Whether more was wanted in this epoch than was allowed, with nothing cut: what it measures is the link.
+    full: bool,
 }
 
 impl Default for Pace {
@@ -70,6 +75,7 @@ impl Default for Pace {
             demand_s: Best::SHORTEST,
             cut: 1.0,
             draining: false,
+            full: false,
         }
     }
 }
@@ -82,6 +88,11 @@ impl Pace {
         let gain = if self.draining { GAIN_DRAIN } else { GAIN };
         let fills = if trip_s.is_finite() { rate * trip_s * gain } else { 0.0 };
         ((fills * self.cut) as u64).clamp(BYTES_MIN, BYTES_MAX)
+    }
+
+    /// More is wanted than is allowed.
+    pub fn held_back(&mut self) {
+        self.full |= self.cut >= 1.0 && !self.draining;
     }
 
     /// What a page takes of the link's time, over what a fault that goes to the origin waits for; `None` before either is
@@ -105,10 +116,11 @@ impl Pace {
         (self.span_began, self.span_bytes) = (now, 0);
         if now.saturating_sub(self.epoch_began) >= EPOCH {
             self.epoch_began = now;
-            for (best, none) in
-                [(&mut self.rate, 0.0), (&mut self.trip_s, f64::INFINITY), (&mut self.demand_s, f64::INFINITY)]
-            {
-                (best.before, best.now) = (best.now, none);
+            // An epoch in which less was asked for than the link carries says nothing of that (as in BBR).
+            self.rate.before = if self.full { self.rate.now } else { self.rate.now.max(self.rate.before) };
+            (self.rate.now, self.full) = (0.0, false);
+            for best in [&mut self.trip_s, &mut self.demand_s] {
+                (best.before, best.now) = (best.now, f64::INFINITY);
             }
         }
         // Not in the first epoch, which has yet to find out what the link carries.
@@ -119,7 +131,7 @@ impl Pace {
     pub fn demand(&mut self, took: Duration) {
         let took = took.as_secs_f64();
         if took > self.demand_s.shortest(took) * SUFFERS + 0.001 {
-            self.cut = (self.cut * CUT).max(BYTES_MIN as f64 / BYTES_MAX as f64);
+            self.cut = (self.cut * CUT).max(CUT_MOST);
         }
     }
 

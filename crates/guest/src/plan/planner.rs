@@ -21,6 +21,12 @@ const PLAN_WINDOW: u32 = 64;
 const PLAN_WRONG: f32 = 0.2;
 /// Judged over at least so many pages.
 const PLAN_JUDGED: u64 = 1024;
+/// Where nothing is recorded, the first offshoot on a node pays for all: pages this much less likely are fetched.
+const UNKNOWN: f32 = 0.5;
+/// Pages that are touched this early (as `Entry::early`: 255 ms) are to be here before the guest runs, but no more than
+/// these: 16 MiB.
+const FIRST: u16 = 8 * 256;
+const FIRST_MAX: usize = 4096;
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +94,14 @@ impl Planner {
         for (place, &page) in plan.iter().enumerate() {
             places[page as usize] = place as u32;
         }
-        let windows = std::array::from_fn(|color| Window::new(window(&policy, &template.traits[color])));
+        let chances = chances(&template);
+        let windows = std::array::from_fn(|color| {
+            let (traits, first) = (&template.traits[color], window(&policy, &template.traits[color]));
+            // What recordings left out is touched as seldom as they say.
+            let silent = (chances[color] / traits.prior.max(f32::EPSILON)).min(1.0);
+            let seldom = policy == Policy::Auto && template.profile.recordings() > 1;
+            Window::new(if seldom { ((first as f32 * silent) as u32).max(first.min(2)) } else { first })
+        });
         Self {
             template,
             policy,
@@ -120,6 +133,12 @@ impl Planner {
         self.first
     }
 
+    /// Whether it is `auto`: what it would have here first is worth a short wait and no long one.
+    #[must_use]
+    pub fn adapts(&self) -> bool {
+        self.policy == Policy::Auto
+    }
+
     /// The guest touched `page`, and it had to be fetched. A page that was asked for ahead and had not arrived counts
     /// as used: it was the right one. `dear`: the guest waited for it so long that guessing pays; where it did not,
     /// `auto` keeps to what was recorded.
@@ -142,6 +161,8 @@ impl Planner {
             Policy::Twinkle { pages, faults } => self.count_segment(page, pages, faults),
             Policy::Color(_) => self.want_color(page),
             Policy::Auto if dear || self.is_planned(page) => self.want_best(page),
+            // It cost little, and says what is next.
+            Policy::Auto if self.follows(page) => self.want_color(page),
             Policy::Auto | Policy::Plain => {}
         }
     }
@@ -209,10 +230,9 @@ impl Planner {
     #[must_use]
     pub fn layout(template: &Template) -> Vec<Page> {
         let likely = Eager::default().threshold();
-        let by_likelihood = |wanted: bool| {
-            let profile = &template.profile;
-            in_plan_order(template, move |entry| (profile.likelihood(entry) >= likely) == wanted)
-        };
+        let odds = template.profile.odds();
+        let by_likelihood =
+            |wanted: bool| in_plan_order(template, |entry| (odds.likelihood(entry) >= likely) == wanted);
         [by_likelihood(true), by_likelihood(false)].concat()
     }
 
@@ -283,13 +303,18 @@ impl Planner {
             self.want(ahead, Class::Plan);
             return;
         }
-        let class = Class::Color(self.color(page) as u8);
-        let before = self.template.space.before(page);
-        let outran = |state: State| state == State::Ahead(class) || state == State::Touched;
-        if before.is_some_and(|b| outran(self.states[b as usize])) {
-            self.window(class).outrun();
+        if self.follows(page) {
+            self.window(Class::Color(self.color(page) as u8)).outrun();
         }
         self.want_color(page);
+    }
+
+    /// Whether the page before it in color space was touched, or brought by that color's window: the guest goes through
+    /// them in order.
+    fn follows(&self, page: Page) -> bool {
+        let class = Class::Color(self.color(page) as u8);
+        let state = self.template.space.before(page).map(|before| self.states[before as usize]);
+        state.is_some_and(|state| state == State::Ahead(class) || state == State::Touched)
     }
 
     fn count_segment(&mut self, page: Page, pages: u32, faults: u32) {
@@ -350,7 +375,13 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
         Policy::Replay => (recorded(1), 0),
         Policy::Intersect if template.profile.recordings() < 2 => (recorded(1), 0),
         Policy::Intersect => (recorded(0b11), 0),
-        Policy::Auto | Policy::Plain => (likely(template, eager), 0),
+        Policy::Auto | Policy::Plain => {
+            let plan = likely(template, eager);
+            let places: HashMap<Page, u16> = template.profile.entries().iter().map(|e| (e.page, e.early)).collect();
+            let at_once = |page: &&Page| places.get(page).is_some_and(|&early| early < FIRST);
+            let first = plan.iter().take(FIRST_MAX).take_while(at_once).count();
+            (plan, first)
+        }
     }
 }
 
@@ -372,9 +403,10 @@ fn likely(template: &Template, eager: Eager) -> Vec<Page> {
     if eager.dial() == 0.0 {
         return Vec::new();
     }
-    let threshold = eager.threshold();
-    let profile = &template.profile;
-    let mut out = in_plan_order(template, |entry| profile.likelihood(entry) >= threshold);
+    let silent = template.profile.recordings() == 0;
+    let threshold = if silent { eager.threshold() * UNKNOWN } else { eager.threshold() };
+    let odds = template.profile.odds();
+    let mut out = in_plan_order(template, |entry| odds.likelihood(entry) >= threshold);
     let chances = chances(template);
     let mut listed = vec![false; template.stored.len() as usize];
     for &page in &out {

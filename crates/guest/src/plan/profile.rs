@@ -14,6 +14,8 @@ use std::fmt;
 /// Recordings that a profile remembers: a bit of `Entry::recent` each.
 pub(super) const RECORDINGS: u32 = u32::BITS;
 const MAGIC: &[u8; 8] = b"OFFPROF2";
+/// So many pages tell how often their like return.
+const COUNTED: usize = 64;
 /// Of a mean over recordings, the latest has at least this weight.
 const LATEST_WEIGHT: f32 = 0.125;
 /// Where the working set is said to have settled: doubling the time adds less than this part of it.
@@ -113,13 +115,16 @@ impl Profile {
         &self.entries
     }
 
-    /// How likely the next offshoot touches the page of `entry`: Laplace's rule over the recordings kept that went until
-    /// its time, without the doubt about a single one, since sets of offshoots overlap by nine tenths.
-    pub(super) fn likelihood(&self, entry: &Entry) -> f32 {
-        let seen = entry.recent.count_ones();
-        let silent =
-            self.spans.iter().enumerate().filter(|&(i, &span)| entry.recent >> i & 1 == 0 && span >= entry.early);
-        (seen as f32 + 0.25) / ((seen as usize + silent.count()) as f32 + 0.5)
+    /// How likely the next offshoot touches each page.
+    pub(super) fn odds(&self) -> Odds<'_> {
+        let of = |times| self.entries.iter().filter(|e| e.recent.count_ones() == times).count();
+        let (once, twice, all) = (of(1), of(2), self.recordings as usize);
+        let once = if all < 2 || once < COUNTED {
+            1.0
+        } else {
+            (2.0 * twice as f32 / once as f32 / all as f32 / laplace(1, all)).min(1.0)
+        };
+        Odds { spans: &self.spans, once }
     }
 
     /// Takes a recording in that went until `until_ms`: the first touch of each page, in the order of time. Later touches
@@ -210,11 +215,36 @@ impl Profile {
     /// One line for people.
     #[must_use]
     pub fn describe(&self) -> String {
-        let often = self.entries.iter().filter(|e| self.likelihood(e) >= 0.5).count() as u64;
+        let odds = self.odds();
+        let often = self.entries.iter().filter(|e| odds.likelihood(e) >= 0.5).count() as u64;
         let (pages, times) = (self.entries.len() as u64, self.recordings);
         let (all, often) = (human(pages * base::PAGE), human(often * base::PAGE));
         format!("{all} touched in {times} recordings, {often} of it in half of them or more")
     }
+}
+
+/// Says how likely pages are.
+pub(super) struct Odds<'a> {
+    spans: &'a [u16],
+    /// How much less likely pages are that one recording touched alone.
+    once: f32,
+}
+
+impl Odds<'_> {
+    /// Laplace's rule over the recordings kept that went until the page's time, without the doubt about a single one,
+    /// since sets of offshoots overlap by nine tenths; but a page that one alone touched is no likelier than the number of
+    /// those that two did makes it (Good, Biometrika 1953): of a server that answers each client something else, most
+    /// such pages are touched by no other.
+    pub(super) fn likelihood(&self, entry: &Entry) -> f32 {
+        let seen = entry.recent.count_ones() as usize;
+        let silent =
+            self.spans.iter().enumerate().filter(|&(i, &span)| entry.recent >> i & 1 == 0 && span >= entry.early);
+        laplace(seen, seen + silent.count()) * if seen == 1 { self.once } else { 1.0 }
+    }
+}
+
+fn laplace(seen: usize, of: usize) -> f32 {
+    (seen as f32 + 0.25) / (of as f32 + 0.5)
 }
 
 /// 256 times the binary logarithm of 1 + `ms`.

@@ -6,7 +6,11 @@ const JUDGED: u32 = 32;
 /// used for it to grow.
 const SHRINK: f32 = 0.3;
 /// The least of it: however far the store is, bytes that nobody uses are somebody's.
-const SHRINK_MIN: f32 = 0.04;
+const SHRINK_MIN: f32 = 0.06;
+/// A window grows to so many times its first size where what it brings is used, because of heaps what lies further on is
+/// used ever less; and to so many where faults come one behind the other.
+const WIDEST: u32 = 4;
+const WIDEST_IN_ORDER: u32 = 16;
 /// A page may be fetched in vain so much more often than time alone would have it.
 const CARE: f32 = 8.0;
 
@@ -29,9 +33,9 @@ impl Window {
         Self { pages, first: pages, asked: 0, used: 0, asked_total: 0, used_total: 0 }
     }
 
-    /// The smallest and the largest that it may become.
-    fn bounds(&self) -> (u32, u32) {
-        (self.first.min(2), self.first.saturating_mul(16))
+    /// The smallest that it may become.
+    fn least(&self) -> u32 {
+        self.first.min(2)
     }
 
     pub(super) fn asked(&mut self, pages: u32) {
@@ -47,7 +51,7 @@ impl Window {
 
     /// A fault came just behind what it had brought: it was right, and too small.
     pub(super) fn outrun(&mut self) {
-        self.pages = (self.pages * 2).clamp(self.bounds().0, self.bounds().1);
+        self.pages = (self.pages * 2).min(self.first.saturating_mul(WIDEST_IN_ORDER));
     }
 
     /// Looks at what was used since the last change. To be called when what was asked for has had time to be used. `cost`:
@@ -56,13 +60,12 @@ impl Window {
         if self.asked < JUDGED {
             return;
         }
-        let (least, most) = self.bounds();
         let rate = self.used as f32 / self.asked as f32;
         let shrink = cost.map_or(SHRINK, |cost| (cost * CARE).clamp(SHRINK_MIN, SHRINK));
         if rate >= 2.0 * shrink {
-            self.pages = (self.pages * 2).min(most);
+            self.pages = self.pages.max((self.pages * 2).min(self.first.saturating_mul(WIDEST)));
         } else if rate < shrink {
-            self.pages = (self.pages / 2).max(least);
+            self.pages = (self.pages / 2).max(self.least());
         }
         (self.asked, self.used) = (0, 0);
     }

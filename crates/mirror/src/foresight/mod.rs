@@ -39,6 +39,8 @@ const NOT_YET: Duration = Duration::from_millis(5);
 #[derive(Default)]
 pub(crate) struct Foresight {
     streams: Mutex<HashMap<u64, Arc<Stream>>>,
+    /// Those of VMs whose hypervisors are yet to start.
+    early: Mutex<HashMap<String, Arc<Stream>>>,
     members: RwLock<HashMap<String, Arc<Member>>>,
     /// Rung when there may be something to fetch.
     bell: Condvar,
@@ -49,31 +51,30 @@ pub(crate) struct Foresight {
 
 impl Foresight {
     /// Begins to fetch for a VM, to record it, or both; returns when the pages are here that it should not start
-    /// without.
+    /// without, or at once where its hypervisor is yet to start.
     pub(crate) fn begin(&self, core: &Core, spec: &Foresee) -> Result<(), String> {
         let map = RamMap::decode(&spec.map)?;
         let policy: Policy = spec.policy.parse()?;
         let eager = Eager::new(spec.eager)?;
+        let pages = u32::try_from(map.size() / PAGE).map_err(|_| "more than 16 TiB of RAM".to_owned())?;
+        let Some(address) = spec.address else {
+            if let Some(stream) = self.stream(spec, map, (policy, eager))? {
+                self.early.lock().expect("no holder panics").insert(spec.vm.clone(), stream);
+                self.ring();
+            }
+            return Ok(());
+        };
         let Some(pid) = core.vms.pid_of(&spec.vm) else {
             return Err(format!("VM {} is not registered; register it first", spec.vm));
         };
-        let pages = u32::try_from(map.size() / PAGE).map_err(|_| "more than 16 TiB of RAM".to_owned())?;
         let pagemap = Pagemap::open(pid).map_err(|e| format!("/proc/{pid}/pagemap: {e}"))?;
-        let stream = match (&policy, &spec.template) {
-            (Policy::None, _) | (_, None) => None,
-            (_, Some(path)) => {
-                let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
-                let template =
-                    Template::decode(&bytes, guest::plan::traits()).map_err(|e| format!("{}: {e}", path.display()))?;
-                if template.stored.len() != u64::from(pages) {
-                    return Err(format!("{} is of {} pages, not {pages}", path.display(), template.stored.len()));
-                }
-                let make = || Arc::new(Stream::new(Planner::new(Arc::new(template), policy, eager), map));
-                Some(self.streams.lock().expect("no holder panics").entry(spec.ram).or_insert_with(make).clone())
-            }
+        let early = self.early.lock().expect("no holder panics").remove(&spec.vm);
+        let stream = match early {
+            Some(stream) => Some(stream),
+            None => self.stream(spec, map, (policy, eager))?,
         };
         let first = stream.clone();
-        let member = Arc::new(Member::new(spec, pages, pagemap, stream));
+        let member = Arc::new(Member::new(spec, (address, pages), pagemap, stream));
         *core.vms.counters(&spec.vm).member.write().expect("no writer panics") = Some(member.clone());
         self.members.write().expect("no writer panics").insert(spec.vm.clone(), member);
         self.looker.notify_all();
@@ -82,6 +83,29 @@ impl Foresight {
             stream.await_first();
         }
         Ok(())
+    }
+
+    /// The stream of a template, made where there is none yet; none where nothing is to be fetched ahead.
+    fn stream(
+        &self,
+        spec: &Foresee,
+        map: RamMap,
+        (policy, eager): (Policy, Eager),
+    ) -> Result<Option<Arc<Stream>>, String> {
+        let (Some(path), false) = (&spec.template, policy == Policy::None) else { return Ok(None) };
+        let known = self.streams.lock().expect("no holder panics").get(&spec.ram).cloned();
+        if known.is_some() {
+            return Ok(known);
+        }
+        let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let template =
+            Template::decode(&bytes, guest::plan::traits()).map_err(|e| format!("{}: {e}", path.display()))?;
+        let pages = map.size() / PAGE;
+        if template.stored.len() != pages {
+            return Err(format!("{} is of {} pages, not {pages}", path.display(), template.stored.len()));
+        }
+        let made = Arc::new(Stream::new(Planner::new(Arc::new(template), policy, eager), map));
+        Ok(Some(self.streams.lock().expect("no holder panics").entry(spec.ram).or_insert(made).clone()))
     }
 
     /// What a VM has touched so far; with `end`, nothing more is recorded.
@@ -102,6 +126,7 @@ impl Foresight {
 
     /// Forgets a VM, and the stream that nobody follows any more.
     pub(crate) fn forget(&self, core: &Core, vm: &str) {
+        self.early.lock().expect("no holder panics").remove(vm);
         if let Some(member) = self.members.write().expect("no writer panics").remove(vm) {
             *core.vms.known(vm).member.write().expect("no writer panics") = None;
             drop(member);
@@ -195,8 +220,9 @@ fn fetch_for_ever(core: &Core) {
         log::warn!("prefetch runs at full priority: {e}");
     }
     loop {
+        // Nor does it wait for demand to cease: where the store is far, a guest waits for it nearly always, and neither
+        // the link nor a processor is busy with that. The pace keeps the link's queue short.
         let (stream, work) = core.foresight.next();
-        core.demand.give_way();
         match work {
             Work::Sort(pages) => {
                 // Beside the first pages, and once: it may have been laid down in order since this store was opened.

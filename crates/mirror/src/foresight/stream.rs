@@ -20,8 +20,13 @@ pub(crate) enum Work {
     Fetch(Vec<Page>),
 }
 
-/// The longest that a guest waits for its working set: it can run without.
+/// The longest that a guest waits for pages that its policy wants first: it can run without.
 const FIRST_WAIT: Duration = Duration::from_secs(60);
+/// The same for `auto`, which has begun to fetch while the hypervisor started: a few round trips to a store on another
+/// continent, each of which a fault would cost by itself.
+const FIRST_WAIT_AUTO: Duration = Duration::from_millis(250);
+/// Bytes that may be under way before the guest runs.
+const FIRST_FLYING: u64 = 8 << 20;
 /// A fault that took longer is worth guessing for: it went to another machine. One that the disk at hand, or a
 /// holder's memory, answers takes a tenth of it.
 const DEAR: Duration = Duration::from_micros(500);
@@ -101,8 +106,13 @@ impl Stream {
     /// and goes first; of the rest only as much is sorted ahead as may be under way.
     pub(crate) fn take(&self) -> Option<Work> {
         let mut state = self.state();
-        let allowed = state.pace.allowed();
+        let mut allowed = state.pace.allowed();
+        if state.first_left > 0 {
+            // No guest runs whose demand could meet a queue, and one waits.
+            allowed = allowed.max(FIRST_FLYING);
+        }
         if state.flying_bytes > 0 && state.flying_bytes >= allowed {
+            state.pace.held_back();
             return None;
         }
         let urgent = state.planner.is_urgent();
@@ -185,8 +195,10 @@ impl Stream {
 
     /// Waits until the pages are here that the guest should not run without, and not for ever.
     pub(crate) fn await_first(&self) {
+        let state = self.state();
+        let longest = if state.planner.adapts() { FIRST_WAIT_AUTO } else { FIRST_WAIT };
         let waits = |state: &mut State| state.first_left > 0;
-        drop(self.first_here.wait_timeout_while(self.state(), FIRST_WAIT, waits).expect("no holder panics"));
+        drop(self.first_here.wait_timeout_while(state, longest, waits).expect("no holder panics"));
     }
 
     /// Bytes asked for and not here.

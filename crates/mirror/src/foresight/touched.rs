@@ -34,7 +34,13 @@ struct Touched {
 }
 
 impl Member {
-    pub(crate) fn new(spec: &Foresee, pages: u32, pagemap: Pagemap, stream: Option<Arc<Stream>>) -> Self {
+    /// One whose RAM lies at `address` and has so many pages.
+    pub(crate) fn new(
+        spec: &Foresee,
+        (address, pages): (u64, u32),
+        pagemap: Pagemap,
+        stream: Option<Arc<Stream>>,
+    ) -> Self {
         let touched = Touched {
             seen: Bitmap::new(pages.into()),
             touches: Vec::new(),
@@ -46,7 +52,7 @@ impl Member {
             vm: spec.vm.clone(),
             stream,
             pagemap,
-            address: spec.address,
+            address,
             pages,
             began: Instant::now(),
             touched: Mutex::new(touched),

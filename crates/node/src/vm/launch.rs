@@ -145,6 +145,15 @@ pub(super) fn launch(
     laps.lap("disks");
     let (map, _) = source.ram(record);
     crate::home::write_atomically(&map_file(&dir), map.encode().as_bytes(), false)?;
+    let mut known = Vec::new();
+    if let Source::Snapshot { ahead: Some(ahead), .. } = source
+        && ahead.fetches()
+    {
+        // In the shadow of the hypervisor's start. Where it fails, it does so again below, and is told there. The kernel
+        // takes no pages of files that it has not heard of: they are open until the hypervisor has them.
+        known.extend(map.files().into_keys().filter_map(|id| File::open(shared.home.ram_file(id.0)).ok()));
+        let _ = shared.mirror.foresee(ahead.spec(&record.name, &map, None));
+    }
     if matches!(source, Source::Boot(_) | Source::Reboot) {
         for file in [Some(&record.origin.kernel), record.origin.initrd.as_ref()].into_iter().flatten() {
             crate::image::ensure_file(&shared.store, file)?;
@@ -180,6 +189,7 @@ pub(super) fn launch(
         let state = File::open(device).map_err(Error::io("open", device))?;
         qemu.load(state.as_fd())?;
     }
+    drop(known);
     laps.lap("load");
     if let Source::Snapshot { ahead: Some(ahead), .. } = source {
         look_ahead(shared, record, ahead, &map, &mut qemu);
@@ -206,7 +216,7 @@ fn look_ahead(shared: &Arc<Shared>, record: &VmRecord, ahead: &Ahead, map: &RamM
         .resident()
         .hello()
         .map_err(Error::from)
-        .and_then(|hello| shared.mirror.foresee(ahead.spec(&record.name, map, hello.ram)));
+        .and_then(|hello| shared.mirror.foresee(ahead.spec(&record.name, map, Some(hello.ram))));
     match begun {
         Ok(()) if ahead.record => ahead.learn(shared, &record.name),
         Ok(()) => {}

@@ -375,6 +375,7 @@ impl Owner {
         let files = Files { dir: dir.clone() };
         (self.qemu, self.halted) = (None, None);
         self.vm.update(|v| v.paused = None);
+        crate::foresight::ended(&self.shared, &self.record.name);
         let _ = self.shared.mirror.unregister_vm(&self.record.name);
         if let Life::Running { passt, .. } = self.record.life {
             passt.end(Duration::from_millis(200));

@@ -213,6 +213,9 @@ struct RunArgs {
     /// How much to fetch ahead, from 0 (as little as possible) to 1 (a full copy) [default: 0.5]
     #[arg(long, requires = "from")]
     eager: Option<f32>,
+    /// Do not add what it touches to the snapshot's access profile
+    #[arg(long, requires = "from")]
+    no_learn: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,

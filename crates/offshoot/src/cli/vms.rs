@@ -25,6 +25,7 @@ pub(super) fn run(client: &Client, args: &RunArgs) -> Outcome {
         append: args.append.clone(),
         prefetch: args.prefetch.clone(),
         eager: args.eager,
+        learn: args.no_learn.then_some(false),
     };
     let vm: Vm = client.post("/v1/vms", &request)?;
     if args.json {

@@ -122,8 +122,14 @@ pub(crate) fn weed(network: &Network, dir: &Path) -> Outcome<Child> {
         .spawn()
         .map_err(|e| format!("nsenter: {e}"))?;
     let end = Instant::now() + Duration::from_secs(90);
-    let curl = || finish(signed(network).args(["-X", "PUT"]).arg(url("")));
-    while let Err(error) = curl() {
+    let bucket = || match finish(signed(network).args(["-X", "PUT"]).arg(url(""))) {
+        // It is there, from an earlier run.
+        Err(error) if error.to_string().contains("error: 409") => Ok(String::new()),
+        done => done,
+    };
+    // Known before the server can write into it: an object with content needs a volume.
+    let probe = || finish(signed(network).arg("--upload-file").arg(&config).arg(url("probe")));
+    while let Err(error) = bucket().and_then(|_| probe()) {
         if Instant::now() > end {
             return Err(format!("the S3 server does not serve: {error}").into());
         }
