@@ -59,4 +59,4 @@ pub use store::{Mode, Stats, Store};
 pub use sweep::{Explanation, Fate, HeadShare, PackFate};
 pub use transaction::Transaction;
 pub use verify::{Fault, Report};
-pub use waits::waits;
+pub use waits::{telling, waits};

@@ -68,6 +68,12 @@ pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String]) -> Outcom
     if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
 }
 
+/// Whether the variable `BENCH_<what>`, names with commas between them, asks for `name`; unset, it asks for all.
+fn is_chosen(what: &str, name: &str) -> bool {
+    let chosen = std::env::var(format!("BENCH_{what}")).unwrap_or_default();
+    chosen.is_empty() || chosen.split(',').any(|one| one == name)
+}
+
 /// Keeps raw measurements beside the figures.
 fn save_raw(dir: &Path, name: &str, found: &impl Serialize) -> Outcome {
     std::fs::create_dir_all(dir)?;

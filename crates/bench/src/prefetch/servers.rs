@@ -43,6 +43,11 @@ pub(super) enum Set {
 impl Server {
     pub(super) const ALL: [Self; 3] = [Self::Redis, Self::Postgres, Self::Web];
 
+    /// Those that `BENCH_SERVERS` names.
+    pub(super) fn chosen() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|server| super::is_chosen("SERVERS", server.name())).collect()
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Redis => "redis",

@@ -235,7 +235,15 @@ impl World {
         let home = self.dir.join("n");
         self.network.within(Place::Node(0), || {
             let node = Node { world: self, host: self.node_of(&home, LINE_PORT)? };
-            act(&node)
+            let done = act(&node);
+            // To see what happened, with OFFSHOOT_LOG=mirror=trace: what the last node said.
+            if let Some(kept) = std::env::var_os("BENCH_LOGS").map(PathBuf::from) {
+                std::fs::create_dir_all(&kept)?;
+                for log in ["mirror.log", "daemon.log"] {
+                    std::fs::copy(home.join("run").join(log), kept.join(log))?;
+                }
+            }
+            done
         })
     }
 

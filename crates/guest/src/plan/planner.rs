@@ -27,6 +27,8 @@ const UNKNOWN: f32 = 0.5;
 /// these: 16 MiB.
 const FIRST: u16 = 8 * 256;
 const FIRST_MAX: usize = 4096;
+/// The same where nothing is recorded: 128 MiB.
+const FIRST_MAX_UNKNOWN: usize = 32768;
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +141,12 @@ impl Planner {
         self.policy == Policy::Auto
     }
 
+    /// Whether anything was recorded.
+    #[must_use]
+    pub fn is_trained(&self) -> bool {
+        self.template.profile.recordings() > 0
+    }
+
     /// The guest touched `page`, and it had to be fetched. A page that was asked for ahead and had not arrived counts
     /// as used: it was the right one. `dear`: the guest waited for it so long that guessing pays; where it did not,
     /// `auto` keeps to what was recorded.
@@ -234,6 +242,16 @@ impl Planner {
         let by_likelihood =
             |wanted: bool| in_plan_order(template, |entry| (odds.likelihood(entry) >= likely) == wanted);
         [by_likelihood(true), by_likelihood(false)].concat()
+    }
+
+    /// What it knows of a page, for a log.
+    #[must_use]
+    pub fn describe(&self, page: Page) -> String {
+        let state = self.states.get(page as usize).copied().unwrap_or(State::Away);
+        let place = self.places.get(page as usize).copied().unwrap_or(u32::MAX);
+        let place = if place == u32::MAX { "no plan".to_owned() } else { format!("place {place} of {}", self.plan.len()) };
+        let color = crate::Color::ALL.into_iter().find(|color| *color as usize == self.color(page));
+        format!("{state:?}, {}, {place}", color.map_or("unknown", |color| color.name()))
     }
 
     /// By color.
@@ -379,7 +397,11 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
             let plan = likely(template, eager);
             let places: HashMap<Page, u16> = template.profile.entries().iter().map(|e| (e.page, e.early)).collect();
             let at_once = |page: &&Page| places.get(page).is_some_and(|&early| early < FIRST);
-            let first = plan.iter().take(FIRST_MAX).take_while(at_once).count();
+            // Where nothing is recorded, all that is likely may be touched at once.
+            let first = match template.profile.recordings() {
+                0 => plan.len().min(FIRST_MAX_UNKNOWN),
+                _ => plan.iter().take(FIRST_MAX).take_while(at_once).count(),
+            };
             (plan, first)
         }
     }

@@ -43,10 +43,35 @@ pub(crate) struct Foresight {
     early: Mutex<HashMap<String, Arc<Stream>>>,
     members: RwLock<HashMap<String, Arc<Member>>>,
     /// Rung when there may be something to fetch.
-    bell: Condvar,
-    rung: Mutex<u64>,
+    bell: Arc<Bell>,
     /// Rung when there is somebody new to look at.
-    looker: Condvar,
+    looker: Bell,
+}
+
+/// What wakes threads that wait for something to do.
+#[derive(Default)]
+pub(crate) struct Bell {
+    rung: Mutex<u64>,
+    heard: Condvar,
+}
+
+impl Bell {
+    /// Wakes those who wait.
+    pub(crate) fn ring(&self) {
+        *self.rung.lock().expect("no holder panics") += 1;
+        self.heard.notify_all();
+    }
+
+    /// How often it was rung.
+    fn count(&self) -> u64 {
+        *self.rung.lock().expect("no holder panics")
+    }
+
+    /// Waits until it was rung more than `count` times, and not much longer than `longest`.
+    fn wait(&self, count: u64, longest: Duration) {
+        let rung = self.rung.lock().expect("no holder panics");
+        drop(self.heard.wait_timeout_while(rung, longest, |rung| *rung == count).expect("no holder panics"));
+    }
 }
 
 impl Foresight {
@@ -74,10 +99,10 @@ impl Foresight {
             None => self.stream(spec, map, (policy, eager))?,
         };
         let first = stream.clone();
-        let member = Arc::new(Member::new(spec, (address, pages), pagemap, stream));
+        let member = Arc::new(Member::new(spec, (address, pages), pagemap, (stream, self.bell.clone())));
         *core.vms.counters(&spec.vm).member.write().expect("no writer panics") = Some(member.clone());
         self.members.write().expect("no writer panics").insert(spec.vm.clone(), member);
-        self.looker.notify_all();
+        self.looker.ring();
         self.ring();
         if let Some(stream) = first {
             stream.await_first();
@@ -144,32 +169,27 @@ impl Foresight {
 
     /// Wakes those who fetch.
     pub(crate) fn ring(&self) {
-        *self.rung.lock().expect("no holder panics") += 1;
-        self.bell.notify_all();
+        self.bell.ring();
     }
 
     /// Work for the stream that has been served least; waits for some.
     fn next(&self) -> (Arc<Stream>, Work) {
-        let mut rung = self.rung.lock().expect("no holder panics");
         loop {
-            let heard = *rung;
-            drop(rung);
+            let heard = self.bell.count();
             let streams: Vec<Arc<Stream>> = self.streams.lock().expect("no holder panics").values().cloned().collect();
             let mut hungry: Vec<_> = streams.into_iter().map(|s| (s.flying(), s)).collect();
             hungry.sort_by_key(|(flying, _)| *flying);
             if let Some(found) = hungry.into_iter().find_map(|(_, s)| s.take().map(|work| (s, work))) {
                 return found;
             }
-            rung = self.rung.lock().expect("no holder panics");
-            if *rung == heard {
-                rung = self.bell.wait(rung).expect("no holder panics");
-            }
+            self.bell.wait(heard, LOOK_MAX);
         }
     }
 
     /// Looks at page tables for ever.
     pub(crate) fn watch(&self) {
         loop {
+            let heard = self.looker.count();
             let mut next = Instant::now() + LOOK_MAX;
             let members: Vec<_> = self.members.read().expect("no writer panics").values().cloned().collect();
             let mut used = false;
@@ -188,8 +208,7 @@ impl Foresight {
                 self.ring();
             }
             let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            let guard = self.rung.lock().expect("no holder panics");
-            drop(self.looker.wait_timeout(guard, wait).expect("no holder panics"));
+            self.looker.wait(heard, wait);
         }
     }
 }

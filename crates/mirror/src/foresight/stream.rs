@@ -22,9 +22,14 @@ pub(crate) enum Work {
 
 /// The longest that a guest waits for pages that its policy wants first: it can run without.
 const FIRST_WAIT: Duration = Duration::from_secs(60);
-/// The same for `auto`, which has begun to fetch while the hypervisor started: a few round trips to a store on another
-/// continent, each of which a fault would cost by itself.
-const FIRST_WAIT_AUTO: Duration = Duration::from_millis(250);
+/// The same for `auto`, in trips to the store, each of which a fault would cost by itself: where recordings say what the
+/// guest touches at once, and where only colors do, so that much more is brought of which less is touched.
+const FIRST_TRIPS: u32 = 12;
+const FIRST_TRIPS_UNKNOWN: u32 = 64;
+/// Whatever a trip takes, the wait for them is within these.
+const FIRST_WAIT_AUTO: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(2);
+/// As long as nobody knows what a trip takes.
+const TRIP: Duration = Duration::from_millis(20);
 /// Bytes that may be under way before the guest runs.
 const FIRST_FLYING: u64 = 8 << 20;
 /// A fault that took longer is worth guessing for: it went to another machine. One that the disk at hand, or a
@@ -55,6 +60,8 @@ struct State {
     /// The pages that it brought.
     brought: Bitmap,
     failed: u64,
+    /// The last page that came from the store took long.
+    dear: bool,
     /// Pages of the working set that are to come before the guest runs.
     first_left: u64,
 }
@@ -73,9 +80,22 @@ impl Stream {
             fetched_bytes: 0,
             brought: Bitmap::new(map.size() / PAGE),
             failed: 0,
+            dear: false,
             first_left,
         };
         Self { map, state: Mutex::new(state), first_here: Condvar::new(), began: Instant::now() }
+    }
+
+    /// A guest begins to wait for a page, and it will be long, as far as is known. Says whether there may be something to
+    /// fetch because of it.
+    pub(crate) fn waits(&self, page: Page) -> bool {
+        let mut state = self.state();
+        if !state.dear {
+            return false;
+        }
+        log::trace!("{:.3} s: waits for page {page:#x}, {}", self.began.elapsed().as_secs_f64(), state.planner.describe(page));
+        state.planner.fault(page, true);
+        !state.planner.is_idle()
     }
 
     /// A guest waited for a page, `took` long; `far`: the store had to be asked. Says whether there may be something
@@ -84,6 +104,8 @@ impl Stream {
         let mut state = self.state();
         if far {
             state.pace.demand(took);
+            state.dear = took > DEAR;
+            log::trace!("{:.3} s: waited {:.1} ms for page {page:#x}", self.began.elapsed().as_secs_f64(), took.as_secs_f64() * 1e3);
         }
         state.planner.fault(page, took > DEAR);
         !state.planner.is_idle()
@@ -195,10 +217,17 @@ impl Stream {
 
     /// Waits until the pages are here that the guest should not run without, and not for ever.
     pub(crate) fn await_first(&self) {
-        let state = self.state();
-        let longest = if state.planner.adapts() { FIRST_WAIT_AUTO } else { FIRST_WAIT };
-        let waits = |state: &mut State| state.first_left > 0;
-        drop(self.first_here.wait_timeout_while(state, longest, waits).expect("no holder panics"));
+        let began = Instant::now();
+        let mut state = self.state();
+        while state.first_left > 0 {
+            // What a trip takes is learnt meanwhile.
+            let left = state.first_wait().saturating_sub(began.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            state = self.first_here.wait_timeout(state, left).expect("no holder panics").0;
+        }
+        log::debug!("{} pages wait for the guest, {} are to come, after {:?}", state.brought.count(), state.first_left, began.elapsed());
     }
 
     /// Bytes asked for and not here.
@@ -241,6 +270,15 @@ impl Stream {
 }
 
 impl State {
+    /// How long the guest waits at most for what it should not run without.
+    fn first_wait(&self) -> Duration {
+        if !self.planner.adapts() {
+            return FIRST_WAIT;
+        }
+        let trips = if self.planner.is_trained() { FIRST_TRIPS } else { FIRST_TRIPS_UNKNOWN };
+        (self.pace.trip().unwrap_or(TRIP) * trips).clamp(*FIRST_WAIT_AUTO.start(), *FIRST_WAIT_AUTO.end())
+    }
+
     /// Whether all that is wanted for now has been asked for.
     fn is_asked_for(&self) -> bool {
         self.ready.is_empty() && self.sorting.is_none() && self.planner.is_idle()

@@ -4,12 +4,13 @@
 //! another offshoot, are found by looking at the hypervisor's page table: often at first, then ever more rarely. Both
 //! are first touches; a page's second one is nobody's business.
 
-use super::{Stream, look_after};
+use super::{Bell, Stream, look_after};
 use crate::control::{Foresee, Recording};
 use crate::front::pagemap::Pagemap;
 use base::{Bitmap, PAGE};
 use guest::plan::{Page, settled};
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Member {
     pub(crate) vm: String,
     stream: Option<Arc<Stream>>,
+    bell: Arc<Bell>,
     pagemap: Pagemap,
     address: u64,
     pages: u32,
@@ -39,7 +41,7 @@ impl Member {
         spec: &Foresee,
         (address, pages): (u64, u32),
         pagemap: Pagemap,
-        stream: Option<Arc<Stream>>,
+        (stream, bell): (Option<Arc<Stream>>, Arc<Bell>),
     ) -> Self {
         let touched = Touched {
             seen: Bitmap::new(pages.into()),
@@ -51,6 +53,7 @@ impl Member {
         Self {
             vm: spec.vm.clone(),
             stream,
+            bell,
             pagemap,
             address,
             pages,
@@ -64,22 +67,38 @@ impl Member {
         self.stream.as_ref()
     }
 
-    /// The guest waited for bytes of its RAM. Says whether there may be something to fetch because of it.
-    pub(crate) fn fault(&self, offset: u64, len: usize, took: Duration, far: bool) -> bool {
-        let pages = (offset / PAGE) as Page..((offset + len as u64).div_ceil(PAGE) as Page).min(self.pages);
-        {
-            let ms = millis(self.began.elapsed());
-            let mut touched = self.touched.lock().expect("no holder panics");
-            for page in pages.clone() {
-                touched.note(page, ms);
+    /// What is to be told when the guest begins to wait for bytes of its RAM: what it waits for says what is next, and
+    /// that is then asked for beside it.
+    pub(crate) fn hears_of(self: Arc<Self>, offset: u64, len: usize) -> Box<dyn FnOnce()> {
+        Box::new(move || {
+            let pages = self.note(offset, len);
+            let Some(stream) = &self.stream else { return };
+            let more = pages.fold(false, |more, page| more | stream.waits(page));
+            if more {
+                self.bell.ring();
             }
+        })
+    }
+
+    /// The guest has waited for bytes of its RAM.
+    pub(crate) fn fault(&self, offset: u64, len: usize, took: Duration, far: bool) {
+        let pages = self.note(offset, len);
+        let Some(stream) = &self.stream else { return };
+        let more = pages.fold(false, |more, page| more | stream.fault(page, took, far));
+        if more {
+            self.bell.ring();
         }
-        let Some(stream) = &self.stream else { return false };
-        let mut more = false;
-        for page in pages {
-            more |= stream.fault(page, took, far);
+    }
+
+    /// Notes that the guest touches these bytes, and says which pages they are.
+    fn note(&self, offset: u64, len: usize) -> Range<Page> {
+        let pages = (offset / PAGE) as Page..((offset + len as u64).div_ceil(PAGE) as Page).min(self.pages);
+        let ms = millis(self.began.elapsed());
+        let mut touched = self.touched.lock().expect("no holder panics");
+        for page in pages.clone() {
+            touched.note(page, ms);
         }
-        more
+        pages
     }
 
     /// When it is to be looked at next; none: nobody wants to know.

@@ -243,8 +243,14 @@ impl Core {
         let len = out.len().min(usize::try_from(ram.map.size().saturating_sub(read.offset)).unwrap_or(usize::MAX));
         let mut tally = RamTally::default();
         let waits = store::waits();
-        ram.read(&|id| self.objects.ram(id), self.objects.versions(), read.offset, &mut out[..len], &mut tally)?;
         let counters = self.vms.of_thread(read.thread);
+        let member = counters.member.read().expect("no writer panics").clone();
+        let mut answer =
+            || ram.read(&|id| self.objects.ram(id), self.objects.versions(), read.offset, &mut out[..len], &mut tally);
+        match &member {
+            Some(member) => store::telling(member.clone().hears_of(read.offset, len), answer)?,
+            None => answer()?,
+        }
         let waited = store::waits() != waits;
         add(&counters.ram_faults, 1);
         add(&counters.ram_waited_faults, u64::from(waited));
@@ -255,9 +261,8 @@ impl Core {
         add(&counters.store_read_bytes, tally.store_bytes);
         let took = read.began.elapsed();
         counters.ram_latency.add(took);
-        let member = counters.member.read().expect("no writer panics").clone();
-        if member.is_some_and(|m| m.fault(read.offset, len, took, waited)) {
-            self.foresight.ring();
+        if let Some(member) = member {
+            member.fault(read.offset, len, took, waited);
         }
         Ok(len)
     }
