@@ -1,6 +1,6 @@
 //! Many offshoots of one template on one node: what the later ones fetch, and how soon all answer.
 
-use super::servers::{Server, Session, Set};
+use super::servers::{Server, Session, Set, Work};
 use super::world::{Node, World, published};
 use super::{COMMAND, save_raw};
 use crate::plot::{Across, Lines, Point, Series, write};
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 const SERVER: Server = Server::Redis;
 
-pub(super) fn run(world: &World, plots: &Path) -> Outcome<Vec<Figure>> {
-    let profile = world.train(SERVER, 2)?;
+pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
+    let profile = Some(world.trained(SERVER, 2)?);
     world.set_profile(SERVER.name(), profile.as_ref())?;
     let figures = vec![
         later(world, "later_offshoots_bytes", |_| 100)?.asked("<=", 0.02),
@@ -66,7 +66,7 @@ fn drive(node: &Node<'_>, name: &str, policy: &str, seed: u64, busy: Duration) -
     let began = Instant::now();
     let vm = node.start(name, SERVER.name(), (policy, None), false)?;
     let mut session = Session::new(SERVER, published(&vm, SERVER.port())?, Set::B, seed);
-    Ok(session.drive(began, busy)?.first_s)
+    Ok(session.drive(began, Work { busy, answers: 1 }, || Ok(()))?.first_s)
 }
 
 /// Starts so many at once on a cold node; seconds until the first answer of each.

@@ -11,8 +11,8 @@ use std::path::Path;
 
 const SERVER: Server = Server::Web;
 
-pub(super) fn run(world: &World, plots: &Path) -> Outcome<Vec<Figure>> {
-    let profile = world.train(SERVER, 2)?;
+pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
+    let profile = Some(world.trained(SERVER, 2)?);
     let mut seen = Vec::new();
     for eager in if world.quick { vec![0.0, 1.0] } else { vec![0.0, 0.25, 0.5, 0.75, 1.0] } {
         for trained in [false, true] {

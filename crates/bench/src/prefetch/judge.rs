@@ -1,6 +1,6 @@
 //! One offshoot on a cold node, driven and counted.
 
-use super::servers::{Driven, Server, Session, Set};
+use super::servers::{Driven, Server, Session, Set, Work};
 use super::world::{Node, Profile, World, published};
 use crate::Outcome;
 use crate::frames::Ram;
@@ -44,9 +44,11 @@ pub(super) struct Seen {
     /// Until `run` had returned.
     pub(super) run_s: f64,
     pub(super) driven: Driven,
-    /// Reads of guest RAM that the kernel asked the mirror for, and those of them that waited for the origin.
+    /// Reads of guest RAM that the kernel asked the mirror for.
     pub(super) faults: u64,
+    /// Those of them that waited for the origin: until all cases had given as many answers, and until the end.
     pub(super) blocked: u64,
+    pub(super) blocked_in_all: u64,
     /// Bytes of guest RAM that came on demand, and ahead.
     pub(super) demanded_bytes: u64,
     pub(super) ahead_bytes: u64,
@@ -98,9 +100,10 @@ impl Seen {
 }
 
 impl World {
-    /// How long an offshoot is driven after its first answer.
-    pub(super) fn busy(&self) -> Duration {
-        Duration::from_secs(if self.quick { 3 } else { 6 })
+    /// How long an offshoot is driven.
+    pub(super) fn work(&self, server: Server) -> Work {
+        let (busy, part) = if self.quick { (3, 4) } else { (8, 1) };
+        Work { busy: Duration::from_secs(busy), answers: server.answers() / part }
     }
 
     /// Judges a case with requests of the other set. `profile` is what was learnt before, and what it is made again.
@@ -115,16 +118,18 @@ impl World {
         });
         let seen = seen.map_err(|error| format!("{tag}, {}: {error}", case.policy))?;
         println!(
-            "{:<10} {:<14}{:<2} first {:5.2} s (run {:4.2}), {:5} answers, {:5} faults, {:4} blocked; RAM {:4.1} MiB on \
-             demand, {:4.1} ahead ({:3.0} % used), {:4.1} touched; line {:4.1} + {:4.1} MiB{}",
+            "{:<10} {:<14}{:<2} first {:5.2} s (run {:4.2}), work {:5.2} s, {:5} answers, {:5} faults, {:4} blocked of {:4}; \
+             RAM {:4.1} MiB on demand, {:4.1} ahead ({:3.0} % used), {:4.1} touched; line {:4.1} + {:4.1} MiB{}",
             tag,
             case.policy,
             if case.trained { "+" } else { "" },
             seen.driven.first_s,
             seen.run_s,
+            seen.driven.work_s,
             seen.driven.answers_s.len(),
             seen.faults,
             seen.blocked,
+            seen.blocked_in_all,
             mib(seen.demanded_bytes),
             mib(seen.ahead_bytes),
             seen.used_pages as f64 * 1e2 / seen.ahead_pages.max(1) as f64,
@@ -147,7 +152,7 @@ impl World {
                 let (began, name) = (Instant::now(), format!("t{seed}"));
                 let vm = node.start(&name, tag, ("none", None), true)?;
                 let mut session = Session::new(server, published(&vm, server.port())?, Set::A, seed);
-                session.drive(began, self.busy())?;
+                session.drive(began, self.work(server), || Ok(()))?;
                 while node.taught()? < seed as usize {
                     if began.elapsed() > TRAINING {
                         return Err(format!("{tag}: nothing was learnt within {TRAINING:?}").into());
@@ -174,7 +179,7 @@ impl World {
 
 impl Node<'_> {
     fn judge(&self, case: &Case, server: Server, seed: u64) -> Outcome<Seen> {
-        let busy = self.world.busy();
+        let work = self.world.work(server);
         let link = self.world.network.left_origin()?;
         let fetched = self.fetched_bytes()?;
         let began = Instant::now();
@@ -182,6 +187,7 @@ impl Node<'_> {
         let run_s = began.elapsed().as_secs_f64();
         let mut session = Session::new(server, published(&vm, server.port())?, Set::B, seed);
         let done = AtomicBool::new(false);
+        let mut worked = None;
         let (driven, samples) = std::thread::scope(|scope| {
             let sampler = scope.spawn(|| {
                 let mut samples = Vec::new();
@@ -193,11 +199,16 @@ impl Node<'_> {
                 }
                 samples
             });
-            let driven = session.drive(began, busy);
+            let driven = session.drive(began, work, || {
+                worked = Some(self.sample("it", began)?.0);
+                Ok(())
+            });
             done.store(true, Ordering::Release);
             (driven, sampler.join().expect("no panic while looking"))
         });
-        self.counted(case, "it", (link, fetched), (run_s, driven?, samples), began)
+        let mut seen = self.counted(case, "it", (link, fetched), (run_s, driven?, samples), began)?;
+        seen.blocked_in_all = std::mem::replace(&mut seen.blocked, worked.map_or(0, |sample| sample.blocked));
+        Ok(seen)
     }
 
     fn counted(
@@ -224,6 +235,7 @@ impl Node<'_> {
             run_s,
             driven,
             faults: mirror("ram_faults"),
+            blocked_in_all: 0,
             blocked: mirror("ram_waited_faults"),
             demanded_bytes: mirror("ram_fetched_bytes"),
             ahead_bytes: stream["fetched_bytes"].as_u64().unwrap_or(0),

@@ -24,7 +24,7 @@ use world::World;
 const COMMAND: &str = "make bench-prefetch";
 
 /// A part that needs the world.
-type Part = fn(&World, &Path) -> Outcome<Vec<Figure>>;
+type Part = fn(&mut World, &Path) -> Outcome<Vec<Figure>>;
 const PARTS: [(&str, Part); 4] =
     [("policies", policies::run), ("crowd", crowd::run), ("dial", dial::run), ("programs", programs::run)];
 const COLORS: &str = "colors";
@@ -58,10 +58,10 @@ pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String]) -> Outcom
         keep(COLORS, crate::colors::matrix::run(&target.join("colors"), &target.join("bench/colors.md"), &[]))?;
     }
     if PARTS.iter().any(|(part, _)| wanted(part)) {
-        let world = World::new(program, dir, &target.join("bench"))?;
+        let mut world = World::new(program, dir, &target.join("bench"))?;
         for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
             println!("-- {name}");
-            keep(name, part(&world, &plots))?;
+            keep(name, part(&mut world, &plots))?;
         }
     }
     report::write(&to, &figures)?;

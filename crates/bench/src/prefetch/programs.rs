@@ -33,7 +33,7 @@ struct Ran {
     invalid: f64,
 }
 
-pub(super) fn run(world: &World, _: &Path) -> Outcome<Vec<Figure>> {
+pub(super) fn run(world: &mut World, _: &Path) -> Outcome<Vec<Figure>> {
     let names = if world.quick { &NAMES[..2] } else { &NAMES[..] };
     let mut ran: Vec<Ran> = Vec::new();
     for &program in names {

@@ -56,6 +56,15 @@ impl Server {
         }
     }
 
+    /// Answers within which offshoots are compared, whatever time they take: what an all-local one gives in some seconds.
+    pub(super) fn answers(self) -> usize {
+        match self {
+            Self::Redis => 600,
+            Self::Postgres => 40,
+            Self::Web => 60,
+        }
+    }
+
     /// The guest's port.
     pub(super) fn port(self) -> u16 {
         match self {
@@ -78,6 +87,13 @@ pub(super) struct Session {
     postgres: Option<Postgres>,
 }
 
+/// How long a client goes on: both for so long behind the first answer, and for so many answers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    pub(super) busy: Duration,
+    pub(super) answers: usize,
+}
+
 /// What a client saw. Times are seconds since it began.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub(super) struct Driven {
@@ -85,6 +101,8 @@ pub(super) struct Driven {
     pub(super) first_s: f64,
     /// Every answer. The clock of these stands still during the query.
     pub(super) answers_s: Vec<f64>,
+    /// The last of the answers that were asked for; the clock stands still likewise.
+    pub(super) work_s: f64,
     /// How long the analytical query took.
     pub(super) query_s: Option<f64>,
 }
@@ -96,20 +114,27 @@ impl Session {
         Self { server, address, set, dice, lost: 0, redis: None, postgres: None }
     }
 
-    /// Waits for the first answer and goes on asking for `busy`; half-way through that it asks PostgreSQL for a summary
-    /// of all accounts.
-    pub(super) fn drive(&mut self, began: Instant, busy: Duration) -> Outcome<Driven> {
+    /// Waits for the first answer and goes on asking until `work` is done; half-way through its answers it asks
+    /// PostgreSQL for a summary of all accounts. `done` is called once, with the last of these answers.
+    pub(super) fn drive(&mut self, began: Instant, work: Work, done: impl FnOnce() -> Outcome) -> Outcome<Driven> {
         self.first_answer(began)?;
         let first = began.elapsed();
         let mut seen = Driven { first_s: first.as_secs_f64(), ..Driven::default() };
         let mut paused = Duration::ZERO;
+        let mut done = Some(done);
         loop {
             let now = began.elapsed() - paused;
             seen.answers_s.push(now.as_secs_f64());
-            if now > first + busy {
+            if seen.answers_s.len() >= work.answers
+                && let Some(done) = done.take()
+            {
+                seen.work_s = now.as_secs_f64();
+                done()?;
+            }
+            if now > first + work.busy && done.is_none() {
                 return Ok(seen);
             }
-            if self.server == Server::Postgres && seen.query_s.is_none() && now > first + busy / 2 {
+            if self.server == Server::Postgres && seen.query_s.is_none() && seen.answers_s.len() > work.answers / 2 {
                 let asked = Instant::now();
                 self.summary()?;
                 paused = asked.elapsed();

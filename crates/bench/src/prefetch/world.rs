@@ -5,7 +5,7 @@
 //! its own, and thereby a profile of its own.
 
 use super::line::Line;
-use super::servers::{Server, Session, Set, fill_postgres, fill_redis, get};
+use super::servers::{Server, Session, Set, Work, fill_postgres, fill_redis, get};
 use crate::guest::Guest;
 use crate::host::{Host, free_ports};
 use crate::stores::deploy::net::{Network, Place};
@@ -53,6 +53,8 @@ pub(super) struct World {
     pub(super) rounds: u64,
     /// Where raw measurements go.
     pub(super) raw: PathBuf,
+    /// Where templates are kept.
+    kept: Option<PathBuf>,
     // In this order: servers end before the network goes.
     _line: Line,
     weed: Child,
@@ -117,24 +119,54 @@ impl World {
         let line = Line::start(&network, LINE_PORT, S3_PORT)?;
         let (quick, raw) = (asked("BENCH_QUICK").is_some(), raw.to_owned());
         let (program, dir) = (program.to_owned(), dir.to_owned());
-        let mut world = Self { program, dir, quick, rounds, raw, _line: line, weed: server, network };
+        let mut world = Self { program, dir, quick, rounds, raw, kept: None, _line: line, weed: server, network };
         if !are_kept {
             let guest = world.build()?;
             let began = Instant::now();
             world.network.within(Place::Origin, || world.make_templates(&guest))?;
             println!("templates made in {:.0} s", began.elapsed().as_secs_f64());
         }
-        if let (Some(kept), Some(complete), false) = (kept, complete, are_kept) {
-            // Not under a server that writes.
-            world.weed.kill()?;
-            world.weed.wait()?;
-            let _ = std::fs::remove_dir_all(&kept);
-            std::fs::create_dir_all(&kept)?;
-            copy_tree(&origin, &kept.join("origin"))?;
+        if let (Some(kept), Some(complete), false) = (&kept, complete, are_kept) {
+            let _ = std::fs::remove_dir_all(kept);
+            std::fs::create_dir_all(kept)?;
+            world.without_server(|| copy_tree(&origin, &kept.join("origin")))?;
             std::fs::write(complete, "")?;
-            world.weed = weed(&world.network, &origin)?;
         }
+        world.kept = kept;
         Ok(world)
+    }
+
+    /// Does something with the origin's files, under no server that writes them.
+    fn without_server(&mut self, act: impl FnOnce() -> Outcome) -> Outcome {
+        self.weed.kill()?;
+        self.weed.wait()?;
+        act()?;
+        self.weed = weed(&self.network, &self.dir.join("origin"))?;
+        Ok(())
+    }
+
+    /// What offshoots teach of a server's snapshot; where templates are kept, so is the origin as it is then, for the
+    /// next run.
+    pub(super) fn trained(&mut self, server: Server, offshoots: u64) -> Outcome<Profile> {
+        let kept = self.kept.as_ref().map(|kept| kept.join(format!("trained-{}", server.name())));
+        let origin = self.dir.join("origin");
+        if let Some(profile) = kept.as_ref().and_then(|kept| std::fs::read(kept.join("profile")).ok()) {
+            println!("{}: as it was taught before", server.name());
+            let from = kept.unwrap_or_default().join("origin");
+            self.without_server(|| {
+                std::fs::remove_dir_all(&origin)?;
+                copy_tree(&from, &origin)
+            })?;
+            return Ok(Profile(profile));
+        }
+        let profile = self.train(server, offshoots)?;
+        let profile = profile.ok_or_else(|| Failure::from(format!("{}: nothing was learnt", server.name())))?;
+        if let Some(kept) = kept {
+            std::fs::create_dir_all(&kept)?;
+            self.without_server(|| copy_tree(&origin, &kept.join("origin")))?;
+            std::fs::write(kept.join("profile"), &profile.0)?;
+        }
+        Ok(profile)
     }
 
     /// Builds the guest, or finds it where guests are kept.
@@ -217,7 +249,8 @@ impl World {
         println!("programs warmed after {:.0} s", began.elapsed().as_secs_f64());
         self.snapshot(host, PROGRAMS)?;
         for server in Server::ALL {
-            Session::new(server, address(server)?, Set::A, 0).drive(Instant::now(), Duration::from_secs(5))?;
+            let work = Work { busy: Duration::from_secs(5), answers: server.answers() };
+            Session::new(server, address(server)?, Set::A, 0).drive(Instant::now(), work, || Ok(()))?;
             self.snapshot(host, server.name())?;
         }
         Ok(())
@@ -239,8 +272,9 @@ impl World {
             // To see what happened, with OFFSHOOT_LOG=mirror=trace: what the last node said.
             if let Some(kept) = std::env::var_os("BENCH_LOGS").map(PathBuf::from) {
                 std::fs::create_dir_all(&kept)?;
+                let number = std::fs::read_dir(&kept)?.count() / 2;
                 for log in ["mirror.log", "daemon.log"] {
-                    std::fs::copy(home.join("run").join(log), kept.join(log))?;
+                    std::fs::copy(home.join("run").join(log), kept.join(format!("{number:02}-{log}")))?;
                 }
             }
             done

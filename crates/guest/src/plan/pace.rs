@@ -103,13 +103,6 @@ impl Pace {
         (rate > 0.0 && fault_s.is_finite() && fault_s > 0.0).then(|| (base::PAGE as f64 / rate / fault_s) as f32)
     }
 
-    /// The least that a prefetch took of late; `None` before the first.
-    #[must_use]
-    pub fn trip(&self) -> Option<Duration> {
-        let trip_s = self.trip_s.now.min(self.trip_s.before);
-        trip_s.is_finite().then(|| Duration::from_secs_f64(trip_s))
-    }
-
     /// A prefetch of `bytes` that took `took` ended at `now`.
     pub fn arrived(&mut self, now: Duration, took: Duration, bytes: u64) {
         let trip_s = self.trip_s.shortest(took.as_secs_f64());

@@ -12,6 +12,7 @@ use super::window::Window;
 use super::{Page, Windows};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Pages that wait to be asked for because of faults; older ones fall out, they have missed their time.
 const REACTIVE_MAX: usize = 4096;
@@ -29,6 +30,10 @@ const FIRST: u16 = 8 * 256;
 const FIRST_MAX: usize = 4096;
 /// The same where nothing is recorded: 128 MiB.
 const FIRST_MAX_UNKNOWN: usize = 32768;
+
+/// Pages are fetched ahead that recordings touched by this time, and so many times the guest's age.
+const HORIZON: Duration = Duration::from_secs(1);
+const HORIZON_AGES: u32 = 2;
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +75,10 @@ pub struct Planner {
     /// What is fetched anyhow, in order, and how far that has come.
     plan: Vec<Page>,
     cursor: usize,
+    /// Of how many of the plan's pages the time has come, by the guest's age ([`Planner::set_age`]).
+    due: usize,
+    /// Where in the plan each step of time begins: pages touched within 1, 2, 4, … milliseconds.
+    steps: Vec<usize>,
     /// A page's place in the plan; `u32::MAX` where it is in none.
     places: Vec<u32>,
     /// Pages of the plan to be here before the guest runs.
@@ -91,6 +100,11 @@ impl Planner {
             policy => (template, policy),
         };
         let (plan, first) = plan(&template, &policy, eager);
+        let steps = match policy {
+            // A full copy is one, whenever its pages are touched.
+            Policy::Auto if eager.dial() < 1.0 => steps(&template, &plan),
+            _ => Vec::new(),
+        };
         let pages = template.stored.len() as usize;
         let mut places = vec![u32::MAX; pages];
         for (place, &page) in plan.iter().enumerate() {
@@ -102,19 +116,22 @@ impl Planner {
             // What recordings left out is touched as seldom as they say.
             let silent = (chances[color] / traits.prior.max(f32::EPSILON)).min(1.0);
             let seldom = policy == Policy::Auto && template.profile.recordings() > 1;
-            Window::new(if seldom { ((first as f32 * silent) as u32).max(first.min(2)) } else { first })
+            let pages = if seldom { ((first as f32 * silent) as u32).max(first.min(2)) } else { first };
+            Window::new(pages, template.profile.recordings() == 0)
         });
         Self {
             template,
             policy,
             states: vec![State::Away; pages],
             reactive: VecDeque::new(),
+            due: plan.len(),
             plan,
             cursor: 0,
+            steps,
             places,
             first,
             windows,
-            plan_window: Window::new(PLAN_WINDOW),
+            plan_window: Window::new(PLAN_WINDOW, false),
             segments: HashMap::new(),
             tallies: [Tally::default(); COLORS],
             cost: None,
@@ -127,6 +144,14 @@ impl Planner {
     /// [`Pace::page_cost`]: super::Pace::page_cost
     pub fn set_cost(&mut self, cost: Option<f32>) {
         self.cost = cost;
+    }
+
+    /// Tells how long the guest has run. What recordings touched late is not fetched long before its time: a guest that ends
+    /// early never needs it, and one that is faster than those recorded asks for it by a fault, which brings what follows.
+    pub fn set_age(&mut self, age: Duration) {
+        let horizon = HORIZON + age * HORIZON_AGES;
+        let step = horizon.as_millis().max(1).ilog2() as usize + 1;
+        self.due = self.steps.get(step).copied().unwrap_or(self.plan.len());
     }
 
     /// Pages that are to be here before the guest runs: so many of the first that [`Planner::next`] gives.
@@ -204,7 +229,7 @@ impl Planner {
                 self.ask(page, class, out);
             }
         }
-        while out.len() < until && self.cursor < self.plan.len() {
+        while out.len() < until && self.cursor < self.due {
             let page = self.plan[self.cursor];
             self.cursor += 1;
             if matches!(self.states[page as usize], State::Away | State::Wanted) {
@@ -249,7 +274,8 @@ impl Planner {
     pub fn describe(&self, page: Page) -> String {
         let state = self.states.get(page as usize).copied().unwrap_or(State::Away);
         let place = self.places.get(page as usize).copied().unwrap_or(u32::MAX);
-        let place = if place == u32::MAX { "no plan".to_owned() } else { format!("place {place} of {}", self.plan.len()) };
+        let place =
+            if place == u32::MAX { "no plan".to_owned() } else { format!("place {place} of {}", self.plan.len()) };
         let color = crate::Color::ALL.into_iter().find(|color| *color as usize == self.color(page));
         format!("{state:?}, {}, {place}", color.map_or("unknown", |color| color.name()))
     }
@@ -405,6 +431,20 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
             (plan, first)
         }
     }
+}
+
+/// Where in a plan in the order of time each of its steps begins, behind the last of which stands what only colors speak
+/// for.
+fn steps(template: &Template, plan: &[Page]) -> Vec<usize> {
+    let early: HashMap<Page, u16> = template.profile.entries().iter().map(|e| (e.page, e.early)).collect();
+    let mut steps = Vec::new();
+    for (at, page) in plan.iter().enumerate() {
+        let Some(early) = early.get(page) else { break };
+        while steps.len() <= usize::from(early / 256) {
+            steps.push(at);
+        }
+    }
+    steps
 }
 
 /// The recorded pages that `wanted` picks and that have content: by how early they are touched, in steps in which the

@@ -115,6 +115,27 @@ fn auto_has_here_first_what_is_touched_at_once() {
 }
 
 #[test]
+fn what_is_touched_late_is_not_fetched_long_before_its_time() {
+    let touches: Vec<Touch> = [(9, 0), (4, 900), (7, 3000), (5, 40_000)].map(|(page, ms)| Touch { page, ms }).to_vec();
+    let mut seen = Profile::default();
+    seen.add(&touches, 60_000);
+    let mut planner = planner("auto", template(64, seen.clone()));
+    planner.set_age(Duration::ZERO);
+    assert_eq!(next(&mut planner, 8), [9, 4]);
+    assert!(!planner.is_idle(), "there is more to come");
+    planner.set_age(Duration::from_secs(1));
+    assert_eq!(next(&mut planner, 8), [7]);
+    planner.fault(7, true);
+    assert_eq!(next(&mut planner, 8), [] as [Page; 0], "a page that it had asked for says nothing of the plan");
+    planner.set_age(Duration::from_secs(20));
+    assert_eq!(next(&mut planner, 8), [5]);
+    assert!(planner.is_idle());
+    let mut eager = Planner::new(template(64, seen), Policy::Auto, Eager::new(1.0).unwrap());
+    eager.set_age(Duration::ZERO);
+    assert_eq!(next(&mut eager, 100).len(), 64, "a full copy waits for nothing");
+}
+
+#[test]
 fn twinkle_brings_the_working_set_first_and_then_segments() {
     let mut planner = planner("twinkle:8,2", template(64, profile(&[&[40, 3, 41]])));
     assert_eq!(planner.first(), 3);

@@ -5,11 +5,14 @@ const JUDGED: u32 = 32;
 /// Part of the prefetched pages below which a window shrinks, where nothing is known of the link; twice as much must be
 /// used for it to grow.
 const SHRINK: f32 = 0.3;
-/// The least of it: however far the store is, bytes that nobody uses are somebody's.
+/// The least of it: however far the store is, bytes that nobody uses are somebody's. The first offshoot of a template
+/// that nobody knows spends more of them: what it brings is there for the others, and teaches.
 const SHRINK_MIN: f32 = 0.06;
+const SHRINK_MIN_UNKNOWN: f32 = 0.02;
 /// A window grows to so many times its first size where what it brings is used, because of heaps what lies further on is
 /// used ever less; and to so many where faults come one behind the other.
 const WIDEST: u32 = 4;
+const WIDEST_UNKNOWN: u32 = 8;
 const WIDEST_IN_ORDER: u32 = 16;
 /// A page may be fetched in vain so much more often than time alone would have it.
 const CARE: f32 = 8.0;
@@ -20,6 +23,8 @@ pub(super) struct Window {
     /// Pages that a fault brings.
     pub(super) pages: u32,
     first: u32,
+    /// Nothing was recorded of what it is for.
+    unknown: bool,
     /// Since the last change.
     asked: u32,
     used: u32,
@@ -29,8 +34,9 @@ pub(super) struct Window {
 }
 
 impl Window {
-    pub(super) fn new(pages: u32) -> Self {
-        Self { pages, first: pages, asked: 0, used: 0, asked_total: 0, used_total: 0 }
+    /// Of so many pages at first; `unknown`: nothing was recorded of what it is for.
+    pub(super) fn new(pages: u32, unknown: bool) -> Self {
+        Self { pages, first: pages, unknown, asked: 0, used: 0, asked_total: 0, used_total: 0 }
     }
 
     /// The smallest that it may become.
@@ -61,9 +67,10 @@ impl Window {
             return;
         }
         let rate = self.used as f32 / self.asked as f32;
-        let shrink = cost.map_or(SHRINK, |cost| (cost * CARE).clamp(SHRINK_MIN, SHRINK));
+        let (least, widest) = if self.unknown { (SHRINK_MIN_UNKNOWN, WIDEST_UNKNOWN) } else { (SHRINK_MIN, WIDEST) };
+        let shrink = cost.map_or(SHRINK, |cost| (cost * CARE).clamp(least, SHRINK));
         if rate >= 2.0 * shrink {
-            self.pages = self.pages.max((self.pages * 2).min(self.first.saturating_mul(WIDEST)));
+            self.pages = self.pages.max((self.pages * 2).min(self.first.saturating_mul(widest)));
         } else if rate < shrink {
             self.pages = (self.pages / 2).max(self.least());
         }

@@ -254,9 +254,9 @@ fn fetch_for_ever(core: &Core) {
                 rest_after(failed);
             }
             Work::Fetch(pages) => {
-                let began = Instant::now();
+                let (began, waits) = (Instant::now(), store::waits());
                 let fetched = fetch(core, &stream, &pages);
-                stream.arrived(&pages, began.elapsed(), &fetched);
+                stream.arrived(&pages, (began.elapsed(), store::waits() != waits), &fetched);
                 rest_after(fetched.err());
             }
         }

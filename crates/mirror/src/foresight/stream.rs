@@ -62,6 +62,8 @@ struct State {
     failed: u64,
     /// The last page that came from the store took long.
     dear: bool,
+    /// The least that a fetch from the store took.
+    trip: Option<Duration>,
     /// Pages of the working set that are to come before the guest runs.
     first_left: u64,
 }
@@ -81,6 +83,7 @@ impl Stream {
             brought: Bitmap::new(map.size() / PAGE),
             failed: 0,
             dear: false,
+            trip: None,
             first_left,
         };
         Self { map, state: Mutex::new(state), first_here: Condvar::new(), began: Instant::now() }
@@ -93,7 +96,11 @@ impl Stream {
         if !state.dear {
             return false;
         }
-        log::trace!("{:.3} s: waits for page {page:#x}, {}", self.began.elapsed().as_secs_f64(), state.planner.describe(page));
+        log::trace!(
+            "{:.3} s: waits for page {page:#x}, {}",
+            self.began.elapsed().as_secs_f64(),
+            state.planner.describe(page)
+        );
         state.planner.fault(page, true);
         !state.planner.is_idle()
     }
@@ -105,7 +112,11 @@ impl Stream {
         if far {
             state.pace.demand(took);
             state.dear = took > DEAR;
-            log::trace!("{:.3} s: waited {:.1} ms for page {page:#x}", self.began.elapsed().as_secs_f64(), took.as_secs_f64() * 1e3);
+            log::trace!(
+                "{:.3} s: waited {:.1} ms for page {page:#x}",
+                self.began.elapsed().as_secs_f64(),
+                took.as_secs_f64() * 1e3
+            );
         }
         state.planner.fault(page, took > DEAR);
         !state.planner.is_idle()
@@ -128,6 +139,7 @@ impl Stream {
     /// and goes first; of the rest only as much is sorted ahead as may be under way.
     pub(crate) fn take(&self) -> Option<Work> {
         let mut state = self.state();
+        state.planner.set_age(self.began.elapsed());
         let mut allowed = state.pace.allowed();
         if state.first_left > 0 {
             // No guest runs whose demand could meet a queue, and one waits.
@@ -181,8 +193,8 @@ impl Stream {
         self.state().batches
     }
 
-    /// A group is here, or could not be had.
-    pub(crate) fn arrived(&self, pages: &[Page], took: Duration, fetched: &Result<u64, String>) {
+    /// A group is here, or could not be had; `far`: the store had to be asked.
+    pub(crate) fn arrived(&self, pages: &[Page], (took, far): (Duration, bool), fetched: &Result<u64, String>) {
         let now = self.began.elapsed();
         let mut state = self.state();
         state.flying_bytes -= pages.len() as u64 * PAGE;
@@ -193,6 +205,9 @@ impl Stream {
                     state.brought.set(page.into());
                 }
                 state.pace.arrived(now, took, *bytes);
+                if far {
+                    state.trip = Some(state.trip.map_or(took, |trip| trip.min(took)));
+                }
                 self.count_first(&mut state, pages.len() as u64);
             }
             Err(_) => self.lose(&mut state, pages),
@@ -227,7 +242,12 @@ impl Stream {
             }
             state = self.first_here.wait_timeout(state, left).expect("no holder panics").0;
         }
-        log::debug!("{} pages wait for the guest, {} are to come, after {:?}", state.brought.count(), state.first_left, began.elapsed());
+        log::debug!(
+            "{} pages wait for the guest, {} are to come, after {:?}",
+            state.brought.count(),
+            state.first_left,
+            began.elapsed()
+        );
     }
 
     /// Bytes asked for and not here.
@@ -276,7 +296,7 @@ impl State {
             return FIRST_WAIT;
         }
         let trips = if self.planner.is_trained() { FIRST_TRIPS } else { FIRST_TRIPS_UNKNOWN };
-        (self.pace.trip().unwrap_or(TRIP) * trips).clamp(*FIRST_WAIT_AUTO.start(), *FIRST_WAIT_AUTO.end())
+        (self.trip.unwrap_or(TRIP) * trips).clamp(*FIRST_WAIT_AUTO.start(), *FIRST_WAIT_AUTO.end())
     }
 
     /// Whether all that is wanted for now has been asked for.

@@ -2,7 +2,7 @@ use super::*;
 use crate::prefetch::servers::Driven;
 
 fn judged(case: &'static str, server: Server, blocked: u64, answers_s: Vec<f64>) -> Judged {
-    let driven = Driven { first_s: answers_s.first().copied().unwrap_or(1.0), answers_s, query_s: None };
+    let driven = Driven { first_s: answers_s.first().copied().unwrap_or(1.0), answers_s, ..Driven::default() };
     let seen = Seen { blocked, driven, fetched_bytes: blocked * 1000, touched_bytes: 10_000, ..Seen::default() };
     Judged { case, server, seen }
 }

@@ -21,7 +21,7 @@ fn stream(policy: &str, touched: &[Page]) -> Stream {
 }
 
 fn arrived(stream: &Stream, pages: &[Page]) {
-    stream.arrived(pages, Duration::from_millis(1), &Ok(pages.len() as u64 * PAGE));
+    stream.arrived(pages, (Duration::from_millis(1), true), &Ok(pages.len() as u64 * PAGE));
 }
 
 #[test]
