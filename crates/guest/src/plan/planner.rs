@@ -23,7 +23,7 @@ const PLAN_WRONG: f32 = 0.2;
 /// Judged over at least so many pages.
 const PLAN_JUDGED: u64 = 1024;
 /// Where nothing is recorded, the first offshoot on a node pays for all: pages this much less likely are fetched.
-const UNKNOWN: f32 = 0.5;
+const UNKNOWN: f32 = 0.25;
 /// Pages that are touched this early (as `Entry::early`: 255 ms) are to be here before the guest runs, but no more than
 /// these: 16 MiB.
 const FIRST: u16 = 8 * 256;
@@ -32,8 +32,8 @@ const FIRST_MAX: usize = 4096;
 const FIRST_MAX_UNKNOWN: usize = 32768;
 
 /// Pages are fetched ahead that recordings touched by this time, and so many times the guest's age.
-const HORIZON: Duration = Duration::from_secs(1);
-const HORIZON_AGES: u32 = 2;
+const HORIZON: Duration = Duration::from_secs(2);
+const HORIZON_AGES: u32 = 4;
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +79,8 @@ pub struct Planner {
     due: usize,
     /// Where in the plan each step of time begins: pages touched within 1, 2, 4, … milliseconds.
     steps: Vec<usize>,
+    /// The guest has shown that this step's time has come.
+    step_seen: usize,
     /// A page's place in the plan; `u32::MAX` where it is in none.
     places: Vec<u32>,
     /// Pages of the plan to be here before the guest runs.
@@ -128,6 +130,7 @@ impl Planner {
             plan,
             cursor: 0,
             steps,
+            step_seen: 0,
             places,
             first,
             windows,
@@ -151,7 +154,19 @@ impl Planner {
     pub fn set_age(&mut self, age: Duration) {
         let horizon = HORIZON + age * HORIZON_AGES;
         let step = horizon.as_millis().max(1).ilog2() as usize + 1;
+        let step = step.max(self.step_seen);
         self.due = self.steps.get(step).copied().unwrap_or(self.plan.len());
+    }
+
+    /// The guest waits for a page of the plan whose time has not come: it is faster than those recorded, or it is chance.
+    /// Each such page brings the next step of time forward.
+    fn outruns(&mut self, page: Page) {
+        let place = self.places[page as usize] as usize;
+        if place < self.plan.len() && place >= self.due {
+            let step = self.steps.partition_point(|&begins| begins <= self.due);
+            self.step_seen = step;
+            self.due = self.steps.get(step).copied().unwrap_or(self.plan.len());
+        }
     }
 
     /// Pages that are to be here before the guest runs: so many of the first that [`Planner::next`] gives.
@@ -183,6 +198,7 @@ impl Planner {
             State::Away | State::Wanted => {
                 self.tallies[self.color(page)].faults += 1;
                 self.states[page as usize] = State::Touched;
+                self.outruns(page);
             }
         }
         match self.policy {

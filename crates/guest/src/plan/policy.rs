@@ -128,11 +128,11 @@ impl Eager {
         self.0
     }
 
-    /// The likelihood from which a page is fetched ahead: one in eight by default, and anything at 1. The third power,
-    /// because a page that is fetched in vain costs a hundredth of what a fault does, or less.
+    /// The likelihood from which a page is fetched ahead: one in four by default, and anything at 1. The second power,
+    /// because a page that is fetched in vain costs a hundredth of what a fault does, or less, and somebody's bytes.
     #[must_use]
     pub fn threshold(self) -> f32 {
-        (1.0 - self.0).powi(3)
+        (1.0 - self.0).powi(2)
     }
 }
 

@@ -7,10 +7,10 @@ const PAGES: u32 = 4096;
 /// A color whose windows are wide: user data.
 const DATA: u8 = 9;
 
-/// A stream of a template of which these pages are known to be touched, seconds after its start.
+/// A stream of a template of which these pages are known to be touched, half a second after its start.
 fn stream(policy: &str, touched: &[Page]) -> Stream {
     let mut profile = Profile::default();
-    let touches: Vec<Touch> = touched.iter().map(|&page| Touch { page, ms: 5000 }).collect();
+    let touches: Vec<Touch> = touched.iter().map(|&page| Touch { page, ms: 500 }).collect();
     profile.add(&touches, u32::MAX);
     let mut stored = Bitmap::new(PAGES.into());
     stored.set_range(0, PAGES.into());
