@@ -7,9 +7,10 @@
 //! blocks, by their place │ upper nodes │ each node of height 2 with its leaves │ what only older versions reach
 //! ```
 //!
-//! Upper nodes are few and wanted by every read: together they are in the cache soon. A node of height 2 is followed by
-//! its leaves, so that both come with one frame. Leaves that nobody changed since lie elsewhere, and are taken along
-//! where they are small against the node, as they are in a sparse blob: no more is copied than twice the node itself.
+//! Upper nodes are few and wanted by every read: together they are in the cache soon. Those that nobody changed since
+//! lie with an older compaction, and are taken along where at least as many of their siblings move. A node of height 2 is
+//! followed by its leaves, so that both come with one frame. Leaves that nobody changed are taken along where they are
+//! small against the node, as they are in a sparse blob: no more is copied than twice the node itself.
 //!
 //! Only what is no older than the small packs is walked: a node that was made lately has parents made no earlier.
 
@@ -21,10 +22,14 @@ use crate::store::Store;
 use crate::tree::Nodes as _;
 use std::collections::{HashMap, HashSet};
 
+/// Items met for each that is moved, at most, to find their order.
+pub(crate) const WALK: usize = 8;
 /// Nodes from this height on lie together: one for 4,096 blocks.
 const UPPER: u8 = 3;
 /// Leaves are taken along that together have no more than this times the bytes of their parent.
 const ALONG: usize = 2;
+/// Leaves are looked at only where their frames do not make them that much larger than that.
+const GUESS: usize = 4;
 
 /// The walk, and then its outcome.
 pub(crate) struct Reading<'a> {
@@ -39,7 +44,7 @@ pub(crate) struct Reading<'a> {
     lower: Vec<Name>,
     /// What only older versions reach.
     rest: Vec<Name>,
-    /// Leaves to be moved although they lie well.
+    /// Nodes to be moved although nobody changed them.
     pub(crate) along: Vec<(Name, Location)>,
 }
 
@@ -88,31 +93,56 @@ impl<'a> Reading<'a> {
             UPPER.. => self.upper.push(name),
             _ => self.lower.push(name),
         }
-        let along = is_latest && height == 2 && self.is_small(node.names());
+        let leaves = is_latest && height == 2 && self.is_small(node.names());
         for child in node.names() {
             self.visit(*child, height - 1, is_latest);
-            if along && self.left > 0 && !self.met.contains(child) {
-                self.take_along(*child);
+            if leaves && !self.met.contains(child) {
+                self.take_along(*child, false);
+            }
+        }
+        if is_latest && height > UPPER {
+            let (_, stay): (Vec<Name>, Vec<Name>) = node.names().iter().partition(|child| self.met.contains(*child));
+            if 2 * stay.len() <= node.names().len() {
+                stay.into_iter().for_each(|child| self.take_along(child, true));
             }
         }
     }
 
-    /// Whether leaves are small against their parent, by what the frames they lie in say.
+    /// Whether leaves are small against their parent. What the frames they lie in say is a guess: they lie beside nodes
+    /// from above them that may be ten times as large. It spares the reading of leaves that are far too large.
     fn is_small(&self, leaves: &[Name]) -> bool {
-        let bytes: usize =
+        let most = ALONG * node_bytes(leaves.len());
+        let guess: usize =
             leaves.iter().map(|leaf| mean_bytes(&self.store.catalog, leaf).unwrap_or(usize::MAX >> 8)).sum();
-        bytes <= ALONG * (3 + crate::name::SHORT_BYTES * leaves.len())
+        if guess <= most || guess > GUESS * most {
+            return guess <= most;
+        }
+        let mut bytes = 0;
+        leaves.iter().all(|leaf| {
+            // One that cannot be read is not moved either.
+            bytes += self.store.load(leaf, 1).map_or(usize::MAX >> 8, |leaf| node_bytes(leaf.names().len()));
+            bytes <= most
+        })
     }
 
-    fn take_along(&mut self, leaf: Name) {
-        let Some(at) = self.store.catalog.find(&leaf) else { return };
+    fn take_along(&mut self, node: Name, is_upper: bool) {
+        let Some(at) = self.store.catalog.find(&node) else { return };
         let settled = self.store.catalog.pack(at.pack).is_some_and(|pack| pack.is_settled());
-        if settled && self.met.insert(leaf) {
+        if settled && self.left > 0 && self.met.insert(node) {
             self.left -= 1;
-            self.lower.push(leaf);
-            self.along.push((leaf, at));
+            if is_upper {
+                self.upper.push(node)
+            } else {
+                self.lower.push(node)
+            }
+            self.along.push((node, at));
         }
     }
+}
+
+/// Bytes of a node with so many children.
+fn node_bytes(children: usize) -> usize {
+    3 + crate::name::SHORT_BYTES * children
 }
 
 /// Bytes of an item, taken for the mean of its frame.

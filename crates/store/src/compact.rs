@@ -6,9 +6,9 @@
 //! point there, the old frames have nothing that lives, and the collection gives them up. A crash in between
 //! leaves two good copies, of which the one in the newer pack counts. No more is copied than is freed, but for small
 //! packs: what they hold is copied until it is a pack that is not small, once for [`SMALL_PACKS_MAX`] commits, and with it
-//! leaves of trees that take no more than twice what the nodes above them do.
+//! leaves of trees that take no more than twice what the nodes above them do, and no more upper nodes than are moved.
 
-use crate::arrange::Reading;
+use crate::arrange::{Reading, WALK};
 use crate::catalog::Location;
 use crate::error::Error;
 use crate::frame::{self, FRAME_NODES, Kind};
@@ -24,8 +24,6 @@ const WASTE_MIN: u64 = 1 << 20;
 const SMALL_BYTES: u64 = 1 << 20;
 /// More small packs than this become one.
 const SMALL_PACKS_MAX: usize = 32;
-/// Items met for each that is moved, at most, to find their order.
-const WALK: usize = 8;
 /// Items moved by one collection at most; the next one goes on.
 const ITEMS_MAX: usize = 1 << 17;
 

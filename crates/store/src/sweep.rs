@@ -4,6 +4,7 @@
 //! Marking keeps 16 bytes of each reached name, and who reached it first: about 32 bytes a block while it runs. Two
 //! names that agree in these could only keep something that might have gone.
 
+use crate::arrange::{Reading, WALK};
 use crate::collect::Collected;
 use crate::engine::{Etag, Expect};
 use crate::error::Error;
@@ -316,7 +317,7 @@ impl Store {
     }
 
     /// Copies what is reached out of packs that are mostly dead, and out of small ones when there are many; the
-    /// newer copy counts from then on, and a later collection condemns the old pack.
+    /// newer copy counts from then on, and a later collection condemns the old pack. `arrange` says in which order.
     fn copy_survivors(&self, record: &Record, marked: &Marked) -> Result<u64, Error> {
         let chosen = marked.to_compact(record);
         let mut items: Vec<(Name, Kind)> = marked
@@ -330,6 +331,19 @@ impl Store {
             return Ok(0);
         }
         items.sort_by_key(|(_, kind)| *kind == Kind::Nodes);
+        let is_small = |id: PackId| {
+            chosen.contains(&id) && marked.packs.get(&id).is_some_and(|found| found.live_bytes < SMALL_BYTES)
+        };
+        let small = self.catalog.packs().into_iter().filter(|pack| is_small(pack.id)).map(|pack| pack.handle);
+        if let Some(oldest) = small.min() {
+            let reading = Reading::of(self, oldest, WALK * items.len())?;
+            let places = reading.places();
+            let moving: HashSet<Name> = items.iter().map(|(name, _)| *name).collect();
+            let along = reading.along.into_iter().map(|(name, _)| (name, Kind::Nodes));
+            items.extend(along.filter(|(name, _)| !moving.contains(name)));
+            let place = |name: &Name| places.get(name).copied().unwrap_or(usize::MAX);
+            items.sort_by_cached_key(|(name, kind)| (*kind == Kind::Nodes, place(name)));
+        }
         let tx = self.begin();
         tx.copy_items(&items)?;
         tx.seal()?;

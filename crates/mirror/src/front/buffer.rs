@@ -1,6 +1,7 @@
 //! Bytes at addresses that O_DIRECT takes.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::Mutex;
 
 /// What O_DIRECT asks of addresses, offsets and lengths: enough for every block device there is.
 pub(crate) const ALIGN: usize = 4096;
@@ -36,6 +37,32 @@ impl Buffer {
     }
 }
 
+/// Buffers that are not in use. One that is given back needs no zeroing, and its pages are in memory already.
+pub(crate) struct Pool {
+    free: Mutex<Vec<Buffer>>,
+    most: usize,
+}
+
+impl Pool {
+    /// A pool that keeps `most`.
+    pub(crate) fn new(most: usize) -> Self {
+        Self { free: Mutex::default(), most }
+    }
+
+    /// One that was given back, or else an empty one.
+    pub(crate) fn take(&self) -> Buffer {
+        self.free.lock().expect("no holder panics").pop().unwrap_or_default()
+    }
+
+    /// Gives one back.
+    pub(crate) fn give(&self, buffer: Buffer) {
+        let mut free = self.free.lock().expect("no holder panics");
+        if free.len() < self.most {
+            free.push(buffer);
+        }
+    }
+}
+
 impl Deref for Buffer {
     type Target = [u8];
 
@@ -63,5 +90,13 @@ mod tests {
             buffer.grow(len + 1);
             assert_eq!((buffer.len(), buffer.as_ptr().addr() % ALIGN), (len + 1, 0));
         }
+    }
+    #[test]
+    fn a_pool_keeps_so_many_and_hands_them_out_again() {
+        let pool = Pool::new(1);
+        assert_eq!(pool.take().len(), 0);
+        pool.give(Buffer::new(5, 0));
+        pool.give(Buffer::new(6, 0));
+        assert_eq!((pool.take().len(), pool.take().len()), (5, 0));
     }
 }

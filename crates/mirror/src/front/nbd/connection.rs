@@ -9,15 +9,20 @@
 //! Short reads that have to wait for the device alone are handed to it by the leader, all that are at hand in one
 //! system call, and answered by a thread that listens for them, all that have landed in one as well.
 
+mod input;
+mod reply;
+
 use super::Export;
 use super::handshake::Agreed;
-use super::wire::{REQUEST_LEN, Request, STATE_HOLE, STATE_ZERO, chunk, chunk_head, cmd, err, flag, simple_reply};
+use super::wire::{Request, chunk, chunk_head, cmd, err, flag, simple_reply};
 use crate::core::Core;
-use crate::disk::{DiskError, Extent, is_zero};
+use crate::disk::{DiskError, Extent};
 use crate::front::aio::{Aio, is_cached};
 use crate::front::buffer::Buffer;
 use base::ByteRange;
-use std::io::{self, IoSlice, Read, Write};
+use input::Input;
+use reply::{Failure, Gathered, allocation, data_and_holes, joined, part_head};
+use std::io::{self, IoSlice, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,14 +35,10 @@ const WORKERS_MAX: usize = 32;
 const FREE_MAX: usize = 16;
 /// What is moved at a time; a longer request takes several.
 const PIECE: usize = 1 << 20;
-/// Bytes read ahead from the socket.
-const AHEAD: usize = 32 << 10;
+/// A worker keeps a buffer of this length.
+const SHORT: usize = PIECE / 4;
 /// Requests of this length are worth another worker when more are waiting.
 const LONG: u32 = 64 << 10;
-/// Replies gathered at most before they are sent.
-const GATHER: usize = 64 << 10;
-/// Runs of zeros of this length, and so aligned in their request, are sent as holes.
-const HOLE: usize = 32 << 10;
 /// The most that a zeroing may cover and still be answered by the leader.
 const ZERO_QUICK: u32 = 32 << 20;
 /// Reads at the device at most; more are read by waiting workers.
@@ -69,75 +70,9 @@ struct Flight {
     began: Instant,
 }
 
-/// What was read ahead.
-struct Input {
-    buf: Box<[u8]>,
-    start: usize,
-    end: usize,
-    over: bool,
-}
-
-/// Replies gathered while more requests are at hand.
-#[derive(Default)]
-struct Gathered(Vec<u8>);
-
-/// Why a request fails: its number, and words where there are any.
-struct Failure(u32, String);
-
-impl From<u32> for Failure {
-    fn from(number: u32) -> Self {
-        Self(number, String::new())
-    }
-}
-
-impl Input {
-    /// Makes `len` bytes be there; false: the client has ended the connection.
-    fn fill(&mut self, mut stream: &UnixStream, len: usize) -> io::Result<bool> {
-        while self.end - self.start < len {
-            if self.start == self.end {
-                (self.start, self.end) = (0, 0);
-            } else if self.start + len > self.buf.len() {
-                self.buf.copy_within(self.start..self.end, 0);
-                (self.start, self.end) = (0, self.end - self.start);
-            }
-            match stream.read(&mut self.buf[self.end..]) {
-                Ok(0) if self.start == self.end => return Ok(false),
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(got) => self.end += got,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(true)
-    }
-
-    fn next(&mut self, stream: &UnixStream) -> io::Result<Option<Request>> {
-        if !self.fill(stream, REQUEST_LEN)? {
-            return Ok(None);
-        }
-        let bytes = self.buf[self.start..self.start + REQUEST_LEN].try_into().expect("as long");
-        self.start += REQUEST_LEN;
-        let garbage = || io::Error::new(io::ErrorKind::InvalidData, "the client sent no request where one must be");
-        Request::decode(bytes).map(Some).ok_or_else(garbage)
-    }
-
-    fn payload(&mut self, mut stream: &UnixStream, out: &mut [u8]) -> io::Result<()> {
-        let here = out.len().min(self.end - self.start);
-        out[..here].copy_from_slice(&self.buf[self.start..self.start + here]);
-        self.start += here;
-        stream.read_exact(&mut out[here..])
-    }
-
-    /// Whether a whole request is at hand, but for its payload.
-    fn has_more(&self) -> bool {
-        self.end - self.start >= REQUEST_LEN
-    }
-}
-
 impl Connection {
     /// A connection that has agreed with its client.
     pub(super) fn new(core: Arc<Core>, export: Arc<Export>, agreed: Agreed, stream: UnixStream) -> Self {
-        let input = Input { buf: vec![0; AHEAD].into(), start: 0, end: 0, over: false };
         let (workers, free) = (AtomicUsize::new(1), AtomicUsize::new(0));
         // One worker more, who listens.
         let queue = || {
@@ -147,7 +82,7 @@ impl Connection {
             })
         };
         let direct = export.disk.overlay().filter(|_| core.exports.may_hire()).and_then(|_| queue().ok());
-        let (input, output) = (Mutex::new(input), Mutex::default());
+        let (input, output) = (Mutex::new(Input::new()), Mutex::default());
         Self { core, export, agreed, stream, input, output, workers, free, direct }
     }
 
@@ -265,11 +200,11 @@ impl Connection {
                     if let Err(e) = served {
                         self.hang_up(&e);
                     }
+                    if buf.len() > SHORT {
+                        self.core.exports.long.give(std::mem::take(&mut buf));
+                    }
                     if self.free.load(Ordering::Acquire) >= FREE_MAX {
                         return;
-                    }
-                    if buf.len() > PIECE / 4 {
-                        buf = Buffer::default();
                     }
                 }
                 ended => {
@@ -309,14 +244,24 @@ impl Connection {
                     self.write_long(&request, input, buf)?;
                     continue;
                 }
-                buf.grow(request.len as usize);
+                self.make_room(buf, request.len as usize);
                 input.payload(&self.stream, &mut buf[..request.len as usize])?;
             }
-            let worth_sharing = request.len >= LONG && input.has_more();
+            // A client that writes much at a time is still sending the next request when this one is whole: it is received
+            // while this one is written.
+            let worth_sharing = request.len >= LONG && input.is_followed(&self.stream);
             if worth_sharing || !self.quick(&request, buf, gathered)? {
                 return Ok(Some(request));
             }
         }
+    }
+
+    /// Sees to it that `buf` has `len` bytes. Long buffers are everybody's: a worker has one while it needs it.
+    fn make_room(&self, buf: &mut Buffer, len: usize) {
+        if len > SHORT && buf.len() < len {
+            *buf = self.core.exports.long.take();
+        }
+        buf.grow(if len > SHORT { PIECE } else { len });
     }
 
     /// Sees to it that somebody takes the lead when it is given up, unless all that may be are at work: then the first
@@ -387,7 +332,7 @@ impl Connection {
                 if self.take_on(request) {
                     return Ok(true);
                 }
-                buf.grow(len);
+                self.make_room(buf, len);
                 if !disk.read_now(&self.core, request.offset, &mut buf[..len]) {
                     return Ok(false);
                 }
@@ -449,7 +394,7 @@ impl Connection {
     /// Reads in pieces, so that a long request needs no more memory than a short one.
     fn read(&self, request: &Request, buf: &mut Buffer) -> io::Result<()> {
         let (len, mut done) = (request.len as usize, 0);
-        buf.grow(len.min(PIECE));
+        self.make_room(buf, len.min(PIECE));
         // The pieces of a simple reply must not be divided by other replies.
         let mut whole = None;
         while done < len {
@@ -537,7 +482,7 @@ impl Connection {
         let mut outcome = self.check(request);
         let _serving = self.core.demand.serve();
         let (len, mut done) = (request.len as usize, 0);
-        buf.grow(PIECE);
+        self.make_room(buf, PIECE);
         while done < len {
             let piece = &mut buf[..(len - done).min(PIECE)];
             input.payload(&self.stream, piece)?;
@@ -583,114 +528,4 @@ impl Connection {
         }
         Ok(())
     }
-}
-
-impl Gathered {
-    /// Sends what there is.
-    fn send(&mut self, to: &Connection) -> io::Result<()> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        let _turn = to.output.lock().expect("no sender panics");
-        let sent = to.write_all(&mut [IoSlice::new(&self.0)]);
-        self.0.clear();
-        sent
-    }
-
-    fn make_room(&mut self, len: usize, to: &Connection) -> io::Result<()> {
-        if self.0.len() + len > GATHER { self.send(to) } else { Ok(()) }
-    }
-
-    /// A request without data is done.
-    fn done(&mut self, to: &Connection, request: &Request) -> io::Result<()> {
-        self.make_room(16, to)?;
-        self.0.extend(simple_reply(0, request.cookie));
-        Ok(())
-    }
-
-    /// A read is done. Short data are gathered, long ones sent at once and not copied.
-    fn data(&mut self, to: &Connection, request: &Request, bytes: &[u8]) -> io::Result<()> {
-        if to.agreed.structured && (bytes.len() >= HOLE || is_zero(bytes)) {
-            self.send(to)?;
-            return to.send_chunks(request, request.offset, bytes, true);
-        }
-        let head = if to.agreed.structured {
-            part_head(request.cookie, request.offset, bytes.len(), false, true)
-        } else {
-            simple_reply(0, request.cookie).to_vec()
-        };
-        if bytes.len() >= GATHER / 4 {
-            let _turn = to.output.lock().expect("no sender panics");
-            let sent = to.write_all(&mut [IoSlice::new(&self.0), IoSlice::new(&head), IoSlice::new(bytes)]);
-            self.0.clear();
-            return sent;
-        }
-        self.make_room(head.len() + bytes.len(), to)?;
-        self.0.extend(head);
-        self.0.extend(bytes);
-        Ok(())
-    }
-
-    /// A request failed.
-    fn refuse(&mut self, to: &Connection, request: &Request, failure: &Failure) -> io::Result<()> {
-        let Failure(number, words) = failure;
-        // Cut where a character ends: clients print it.
-        let cut = (0..=1024.min(words.len())).rev().find(|&at| words.is_char_boundary(at)).unwrap_or(0);
-        let words = &words.as_bytes()[..cut];
-        self.make_room(64 + words.len(), to)?;
-        if to.agreed.structured && matches!(request.command, cmd::READ | cmd::BLOCK_STATUS) {
-            self.0.extend(chunk_head(true, chunk::ERROR, request.cookie, 6 + words.len()));
-            self.0.extend(number.to_be_bytes());
-            self.0.extend(u16::try_from(words.len()).expect("at most 1024").to_be_bytes());
-            self.0.extend(words);
-        } else {
-            self.0.extend(simple_reply(*number, request.cookie));
-        }
-        Ok(())
-    }
-}
-
-/// Bytes in parts: long aligned runs of zeros, and what is between them.
-fn data_and_holes(bytes: &[u8]) -> Vec<(&[u8], bool)> {
-    let mut parts: Vec<(usize, usize, bool)> = Vec::new();
-    let mut at = 0;
-    for piece in bytes.chunks(HOLE) {
-        let zero = is_zero(piece) && (piece.len() == HOLE || piece.len() == bytes.len());
-        match parts.last_mut() {
-            Some((_, end, hole)) if *hole == zero => *end += piece.len(),
-            _ => parts.push((at, at + piece.len(), zero)),
-        }
-        at += piece.len();
-    }
-    parts.into_iter().map(|(start, end, hole)| (&bytes[start..end], hole)).collect()
-}
-
-/// The head of a chunk of data or of a hole, which is all of the latter.
-fn part_head(cookie: u64, offset: u64, len: usize, hole: bool, last: bool) -> Vec<u8> {
-    let kind = if hole { chunk::HOLE } else { chunk::DATA };
-    let mut head = chunk_head(last, kind, cookie, if hole { 12 } else { 8 + len }).to_vec();
-    head.extend(offset.to_be_bytes());
-    if hole {
-        head.extend(u32::try_from(len).expect("pieces are short").to_be_bytes());
-    }
-    head
-}
-
-fn allocation(extent: &Extent) -> u32 {
-    if extent.kind.zero { STATE_HOLE | STATE_ZERO } else { 0 }
-}
-
-/// Lengths and flags as one context tells them, neighbours joined.
-fn joined(extents: &[Extent], start: u64, flags: fn(&Extent) -> u32) -> Vec<(u32, u32)> {
-    let mut out: Vec<(u32, u32)> = Vec::new();
-    let mut at = start;
-    for extent in extents {
-        let (len, flags) = (u32::try_from(extent.end - at).expect("a span is bounded"), flags(extent));
-        match out.last_mut() {
-            Some(last) if last.1 == flags => last.0 += len,
-            _ => out.push((len, flags)),
-        }
-        at = extent.end;
-    }
-    out
 }

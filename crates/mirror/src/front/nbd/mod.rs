@@ -12,6 +12,7 @@ pub(crate) mod wire;
 
 use crate::control::{ExportEntry, ExportSource, ExportSpec};
 use crate::core::Core;
+use crate::front::buffer::Pool;
 use crate::home::{Home, read_json, remove_if_there, replace_json};
 use connection::Connection;
 use disk::Disk;
@@ -35,6 +36,8 @@ const CONNECTIONS_MAX: usize = 256;
 const CONNECTIONS_OF_ONE: usize = 64;
 /// Workers of all connections, the first of each not counted.
 const WORKERS_MAX: usize = 128;
+/// Buffers kept for long requests: what one fast client has under way.
+const LONG_KEPT: usize = 8;
 /// A client must have agreed after so long.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// An export that ends with its last connection ends as well when none came for so long.
@@ -54,6 +57,8 @@ pub(crate) struct Exports {
     admin: Mutex<()>,
     connections: AtomicUsize,
     workers: AtomicUsize,
+    /// Buffers for long requests.
+    long: Pool,
 }
 
 /// One export.
@@ -112,6 +117,7 @@ impl Exports {
             admin: Mutex::default(),
             connections: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
+            long: Pool::new(LONG_KEPT),
         }
     }
 
