@@ -41,7 +41,7 @@ fn replies_of_the_resident_library() {
         let line = String::from_utf8_lossy(bytes);
         match within(64 * line.len() + SMALL, || resident::fields(&line)) {
             Ok(fields) => assert!(line.starts_with("ok") && fields.keys().all(|key| !key.contains(['=', ' ']))),
-            Err(why) => assert!(!line.trim_end().starts_with("ok ") && line.contains(why.trim_end())),
+            Err(why) => assert!(!line.starts_with("ok ") && why.len() <= line.len() + 40),
         }
     });
 }

@@ -260,7 +260,7 @@ fn heads_are_linear(medium: Medium) {
                     let (seen, expect) = look();
                     note(began, What::Read(seen));
                     // Some only look.
-                    if (round + me) % 3 == 0 {
+                    if (round + me).is_multiple_of(3) {
                         continue;
                     }
                     let (began, new) = (Instant::now(), 1 + me + round * threads);
