@@ -31,7 +31,7 @@ test-full: check ## The same, longer: more rounds, more seeds, more kills.
 	@OFFSHOOT_TEST_FULL=1 scripts/run-tests
 
 fuzz: setup ## Every decoder against edited bytes, FUZZ_SECONDS (60) for each.
-	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(CARGO) test --release --package store --package guest --lib -- fuzz:: --nocapture --test-threads 1
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(CARGO) test --release --workspace --lib -- fuzz:: --nocapture --test-threads 1
 
 bench: bench-fork bench-store bench-prefetch ## All benchmarks; `make bench-NAME` runs one, results in target/bench/NAME.json.
 

@@ -332,4 +332,6 @@ async fn refusal(name: &str, response: Response<Incoming>) -> ClientError {
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

@@ -4,6 +4,11 @@
 //! `application/x-ndjson`: lines `{"progress": …}` and, last, one of `{"result": …}` or `{"error": …}`; an
 //! operation that fails before it begins answers with an [`ErrorBody`] and a status. `docs/api.md` lists the routes.
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 mod blobs;
 pub mod client;
 mod colors;

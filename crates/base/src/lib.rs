@@ -3,7 +3,14 @@
 //!
 //! This crate uses the standard library alone and does no IO: it knows no file, socket or thread.
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../fuzz/edits.rs"]
+mod edits;
+
 pub mod bitmap;
+#[cfg(test)]
+mod fuzz;
 pub mod ram_map;
 pub mod range;
 pub mod resident;

@@ -4,8 +4,11 @@ use crate::guest::Guest;
 use crate::{Failure, Outcome};
 use api::{BuildRequest, Client, ForkReply, ForkRequest, From, RunRequest, Vm};
 use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Guest ports that every VM of the harness publishes, in this order.
@@ -183,16 +186,48 @@ impl Host {
     }
 }
 
-/// The first of `count` ports in a row that are free now.
+/// Ports that one process hands out, below the ephemeral range.
+struct Block {
+    first: u16,
+    /// Where the search goes on: what was given out is not given out again at once, though nobody listens there yet.
+    next: u16,
+    /// Keeps other processes out; the kernel takes the name back with the process.
+    _hold: UnixListener,
+}
+
+const PORTS_FIRST: u16 = 10_000;
+const BLOCK_PORTS: u16 = 200;
+const BLOCKS: u16 = 110;
+
+impl Block {
+    fn take() -> Outcome<Self> {
+        for number in 0..BLOCKS {
+            let name = SocketAddr::from_abstract_name(format!("offshoot-test-ports-{number}"))?;
+            if let Ok(_hold) = UnixListener::bind_addr(&name) {
+                return Ok(Self { first: PORTS_FIRST + number * BLOCK_PORTS, next: 0, _hold });
+            }
+        }
+        Err("no free ports".into())
+    }
+
+    fn give(&mut self, count: u16) -> Option<u16> {
+        let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        let starts = (self.next..BLOCK_PORTS).chain(0..self.next).filter(|at| at + count <= BLOCK_PORTS);
+        let found = starts.map(|at| self.first + at).find(|&p| (p..p + count).all(free))?;
+        self.next = (found - self.first + count) % BLOCK_PORTS;
+        Some(found)
+    }
+}
+
+/// The first of `count` ports in a row that are free now, and that no other process is given.
 ///
 /// # Errors
 /// Where there are none.
 pub fn free_ports(count: u16) -> Outcome<u16> {
-    // Below the ephemeral range, from a place that differs between processes, so that test runs side by side differ.
-    let start = 10_000 + (std::process::id() % 1500) as u16 * 12;
-    let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-    (start..32_000)
-        .chain(10_000..start)
-        .find(|&p| (p..p + count).all(free))
-        .ok_or_else(|| Failure::from("no free ports"))
+    static BLOCK: Mutex<Option<Block>> = Mutex::new(None);
+    let mut block = BLOCK.lock().expect("no holder panics");
+    if block.is_none() {
+        *block = Some(Block::take()?);
+    }
+    block.as_mut().and_then(|block| block.give(count)).ok_or_else(|| Failure::from("no free ports"))
 }

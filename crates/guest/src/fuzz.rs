@@ -1,13 +1,18 @@
-//! Guests' memory at random: whatever is there, coloring ends, does not panic, reads no more than its budget, and
+//! What a guest or a file says, at random.
+//!
+//! Guests' memory: whatever is there, coloring ends, does not panic, reads no more than its budget, and
 //! never fails, since only the host's reading can.
 //!
 //! An input is a script of edits to a guest that is well-formed, aimed at what coloring stands on: its note, its
 //! tables, its sections, its descriptors. `cargo test` runs a thousand; with `FUZZ_SECONDS` it runs that long.
 
+use crate::edits::{SMALL, within};
+use crate::plan::{self, Eager, Planner, Policy, Profile, Space, Template, Touch, traits};
 use crate::tests::{Linux, STABLE, STYLES, TOP_BYTE, everything};
 use crate::{Color, Coloring, Cpu, Hint, color};
-use base::PAGE;
+use base::{Bitmap, PAGE};
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::time::Duration;
 
 const NUMBERS: [u64; 12] = [
@@ -115,4 +120,125 @@ fn kept_colors_of_any_bytes_are_refused_or_whole() {
         Some(seconds) => target.with_iterations(usize::MAX).with_test_time(Duration::from_secs(seconds)).for_each(run),
         None => target.with_iterations(1000).for_each(run),
     }
+}
+
+/// Any edit, and not only of colors and order: texts, lengths, counts.
+#[test]
+fn kept_colors() {
+    fuzz!(vec![everything(STABLE).0.color().encode()], |bytes, _| {
+        // Order and places are four bytes a page where a page takes one at least.
+        if let Ok(found) = within(8 * bytes.len() + SMALL, || Coloring::decode(bytes)) {
+            assert_eq!(found.space().order().len() as u64, found.len());
+            let again = Coloring::decode(&found.encode()).expect("what was read can be written");
+            assert_eq!(format!("{:?}", again.account), format!("{:?}", found.account));
+            assert!(again.iter().eq(found.iter()));
+        }
+    });
+}
+
+fn recordings(pages: u32) -> Profile {
+    let mut profile = Profile::default();
+    for round in 0..3 {
+        let touches: Vec<Touch> = (0..pages / 2).map(|n| Touch { page: (n * 7 + round) % pages, ms: n * 3 }).collect();
+        profile.add(&touches, 2000);
+    }
+    profile
+}
+
+#[test]
+fn profiles() {
+    fuzz!(vec![recordings(40).encode(), Profile::default().encode()], |bytes, _| {
+        // An entry takes sixteen bytes where four encode it.
+        let Ok(profile) = within(4 * bytes.len() + SMALL, || Profile::decode(bytes)) else { return };
+        assert_eq!(Profile::decode(&profile.encode()).as_ref(), Ok(&profile));
+        assert!(!profile.describe().is_empty());
+        // It is taught further as any other, pages at the end of all numbers included.
+        let mut taught = profile.clone();
+        taught.add(&[Touch { page: 3, ms: 5 }, Touch { page: u32::MAX, ms: u32::MAX }], 100);
+        assert_eq!(taught.recordings(), (profile.recordings() + 1).min(32));
+        assert_eq!(Profile::decode(&taught.encode()), Ok(taught));
+    });
+}
+
+/// A template of which some pages are stored and some were touched.
+fn template() -> Vec<u8> {
+    let pages = 48;
+    let mut stored = Bitmap::new(pages.into());
+    stored.set_range(0, 20);
+    stored.set_range(24, 47);
+    let space = Space::new((0..pages).map(|page| (page / 9) as u8).collect(), |page| (u64::from(page % 3), 0));
+    Template { space, traits: traits(), stored, profile: recordings(pages) }.encode()
+}
+
+/// Whatever a template says, each policy plans with it, asks for stored pages alone, and for each of them once.
+#[test]
+fn templates() {
+    fuzz!(vec![template()], |bytes, _| {
+        // The order, in which a page takes a byte at least, is sorted and placed.
+        let decoded = within(16 * bytes.len() + SMALL, || Template::decode(bytes, traits()));
+        let Ok(template) = decoded.map(Arc::new) else { return };
+        let again = Template::decode(&template.encode(), traits()).expect("what was read can be written");
+        assert_eq!((&again.stored, &again.profile), (&template.stored, &template.profile));
+        for policy in ["all", "twinkle:8,1", "replay", "intersect", "color:2,4", "auto", "auto:plain", "readahead:3"] {
+            let mut planner = Planner::new(template.clone(), policy.parse().expect("it is one"), Eager::default());
+            let mut asked = Vec::new();
+            for page in [0, 7, 23, 47, u32::MAX] {
+                planner.fault(page, page % 2 == 1);
+                planner.next(9, &mut asked);
+                if let Some(&first) = asked.first() {
+                    planner.used(first);
+                }
+                planner.judge();
+            }
+            planner.next(usize::MAX / 2, &mut asked);
+            assert!(planner.is_idle(), "{policy}");
+            let stored = template.stored.len();
+            assert!(asked.iter().all(|&page| u64::from(page) < stored && template.stored.get(page.into())), "{policy}");
+            let count = asked.len();
+            asked.sort_unstable();
+            asked.dedup();
+            assert_eq!(asked.len(), count, "{policy} asks for a page twice");
+        }
+        assert!(Planner::layout(&template).len() <= template.profile.len());
+    });
+}
+
+#[test]
+fn policies() {
+    let texts = ["none", "readahead:8", "twinkle:64,4", "color:4,16", "auto:plain", "0.5"];
+    fuzz!(texts.map(|text| text.as_bytes().to_vec()).to_vec(), |bytes, _| {
+        let text = String::from_utf8_lossy(bytes);
+        let bound = 16 * text.len() + SMALL;
+        if let Ok(policy) = within(bound, || text.parse::<Policy>()) {
+            assert_eq!(policy.to_string().parse(), Ok(policy));
+        }
+        if let Ok(eager) = within(bound, || text.parse::<Eager>()) {
+            assert!((0.0..=1.0).contains(&eager.dial()) && (0.0..=1.0).contains(&eager.threshold()));
+        }
+    });
+}
+
+/// Numbers of the plan's files: what is read is what was written, in no more bytes than a number may take.
+#[test]
+fn numbers() {
+    let written = |numbers: &[u32]| {
+        let mut out = Vec::new();
+        numbers.iter().for_each(|&number| plan::leb::put(&mut out, number));
+        out
+    };
+    fuzz!(vec![written(&[0, 1, 127, 128, 300, u32::MAX]), written(&[u32::MAX; 4])], |bytes, _| {
+        let mut at = 0;
+        while at < bytes.len() {
+            let began = at;
+            match plan::leb::take(bytes, &mut at) {
+                Ok(number) => {
+                    let mut again = Vec::new();
+                    plan::leb::put(&mut again, number);
+                    // Zeros at the end are superfluous and allowed.
+                    assert!(again.len() <= at - began && at - began <= 5);
+                }
+                Err(_) => break,
+            }
+        }
+    });
 }

@@ -21,6 +21,11 @@
 //!
 //! This crate knows no file, no hypervisor and no clock, and has no unsafe code.
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 mod color;
 mod descriptors;
 mod free;

@@ -20,6 +20,12 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(test)]
+#[allow(unsafe_code, reason = "an allocator that takes notes")]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 pub mod client;
 pub mod control;
 mod core;

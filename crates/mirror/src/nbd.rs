@@ -236,3 +236,6 @@ fn lost(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
+
+#[cfg(test)]
+mod fuzz;

@@ -4,6 +4,11 @@
 //! it. Each VM is owned by one thread ([`vm`]); the mirror is a process of its own ([`mirror_link`]); what is frozen
 //! reaches the store behind the guests' backs ([`commit`]).
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 mod blobs;
 mod colors;
 mod commit;

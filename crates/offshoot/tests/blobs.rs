@@ -1,6 +1,6 @@
 //! Blobs as people and scripts use them: through the command line and over HTTP, past a daemon that dies.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use common::{TestHost, host, kill, program};

@@ -3,7 +3,7 @@
 //!
 //! The machines here are real but boot no system: their kernel is a few bytes that halt the processor.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use bench::host::free_ports;

@@ -3,12 +3,12 @@
 //! One guest is booted, given data in its redis, its tmpfs and on its disk, and kept as `web@ready`. Each stage then
 //! starts from that snapshot, so that a stage that fails says something about itself alone.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use bench::guest::Guest;
 use bench::host::{PORTS, free_ports};
-use common::{MINUTES, TestHost, eventually};
+use common::{MINUTES, PageCache, TestHost, eventually};
 use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::os::unix::fs::FileExt;
@@ -95,7 +95,7 @@ fn restore(host: &TestHost) -> Outcome {
     host.remove("first")?;
 
     // Nothing of the snapshot may have to come out of the host's memory.
-    std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+    drop(PageCache::emptied("3")?);
     let second = start("second")?;
     same(host, &second, &want)?;
     if second.get("only")?.is_some() {
@@ -164,7 +164,7 @@ fn ten_generations(host: &TestHost) -> Outcome {
     {
         return Err(format!("the cost grows with the generations: {detail:?} {stats:?}").into());
     }
-    std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+    drop(PageCache::emptied("3")?);
     same(host, &guest, &want)?;
     let files = shell(host, &guest, "cat /root/wrote-? /dev/shm/wrote-?")?;
     for generation in 0..GENERATIONS {
@@ -184,7 +184,8 @@ fn successive_forks(host: &TestHost) -> Outcome {
     let parent = host.restore("s", "web@ready")?;
     parent.await_response(Some(NONCE), MINUTES)?;
     let mut children = Vec::new();
-    for round in 0..6 {
+    let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 8 } else { 4 };
+    for round in 0..rounds {
         parent.set("round", &format!("round {round}"))?;
         // Some of the memory is written anew each time, some for the first time, some is given back.
         let write = format!(
@@ -238,7 +239,8 @@ fn forks_under_load(host: &TestHost) -> Outcome {
             }
             count
         });
-        let forked = (0..3).try_for_each(|round| {
+        let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 6 } else { 2 };
+        let forked = (0..rounds).try_for_each(|round| {
             let children = fork(host, &parent, 2, &format!("busy{round}"))?;
             children.iter().try_for_each(|child| at_peace(host, child))?;
             crash_consistent(host, &children[0])?;
@@ -263,7 +265,7 @@ fn forks_under_load(host: &TestHost) -> Outcome {
 /// Freezes a guest that writes as hard as it can, again and again, and compares what its offshoots are given, page by
 /// page, with what the holder of each freeze has: first while the holder answers, then out of the store.
 fn freezes_miss_no_write(host: &TestHost) -> Outcome {
-    let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 100 } else { 8 };
+    let rounds = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { 100 } else { 5 };
     // Watched for what it touches, as where a store is far away.
     let parent = host.restore_ahead("exact", "web@ready", Some("none"), None)?;
     parent.await_response(Some(NONCE), MINUTES)?;

@@ -1,10 +1,10 @@
 //! Offshoots of a snapshot teach the next ones what to fetch ahead.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use bench::guest::Guest;
-use common::{MINUTES, TestHost, eventually, host, ready};
+use common::{MINUTES, PageCache, TestHost, eventually, host, ready};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn counted(host: &TestHost, guest: &Guest) -> Outcome<(u64, Option<Value>)> {
 
 /// Starts an offshoot with nothing of the snapshot in memory, has its server answer, and counts the faults until then.
 fn offshoot(host: &TestHost, name: &str, policy: &str) -> Outcome<(u64, Option<Value>)> {
-    std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let _cache = PageCache::emptied("1")?;
     let guest = host.restore_ahead(name, "web@1", Some(policy), None)?;
     ready(&guest)?;
     let counted = counted(host, &guest)?;

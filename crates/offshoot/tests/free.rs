@@ -2,13 +2,13 @@
 //! and checks all of it. The kernel of the default guest cannot poison its free pages; that those of kernels which do are
 //! kept is tested with colors (crate `guest`, and `make bench-prefetch` on a real one).
 
-mod common;
+use crate::common;
 
 use api::{From, RunRequest, Vm};
 use bench::Outcome;
 use bench::guest::Guest;
 use bench::host::{PORTS, free_ports};
-use common::{MINUTES, TestHost, console_ready, host, ready};
+use common::{MINUTES, PageCache, TestHost, console_ready, host, ready};
 
 const MEMORY: u64 = 256 << 20;
 /// Written in the guest, and freed again.
@@ -58,7 +58,7 @@ fn kept(host: &TestHost, name: &str, append: &str) -> Outcome<api::Snapshot> {
 /// Fills the free memory of an offshoot, and then all that it has left besides, and checks what it holds; says how many
 /// bytes were free, and how many were fetched while they were filled.
 fn fill(host: &TestHost, snapshot: &str, name: &str) -> Outcome<(u64, u64)> {
-    std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let cache = PageCache::emptied("1")?;
     let guest = host.restore(name, snapshot)?;
     ready(&guest)?;
     let fetched =
@@ -80,6 +80,7 @@ fn fill(host: &TestHost, snapshot: &str, name: &str) -> Outcome<(u64, u64)> {
     };
     let filled = fill("MemFree", 2, "free")?;
     let fetched = fetched()? - before;
+    drop(cache);
     // What was in use at the freeze is driven out now, and used again by others.
     fill("MemAvailable", 24, "all")?;
     host.command(&["rm", "--force", name])?;

@@ -3,7 +3,7 @@
 //!
 //! The home is a tmpfs of its own, whose size is set anew whenever the test wants it full or not.
 
-mod common;
+use crate::common;
 
 use api::{ForkRequest, Vm, VmState};
 use bench::Outcome;

@@ -3,7 +3,7 @@
 //!
 //! Points are drawn from a seed, which is printed; `OFFSHOOT_TEST_SEED` repeats a run as far as time repeats.
 
-mod common;
+use crate::common;
 
 use api::{ForkReply, ForkRequest, From, RunRequest, SnapshotRequest, Vm, VmState};
 use bench::Outcome;
@@ -26,9 +26,9 @@ const NONCE: &str = "before-any-kill";
 /// One test at a time: two cores carry one family of guests.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Repetitions: as given, or three times that in the long tier.
+/// Repetitions: as given, or six times that in the long tier.
 fn rounds(fast: u32) -> u32 {
-    if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { fast * 3 } else { fast }
+    if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { fast * 6 } else { fast }
 }
 
 /// Numbers from a seed (Marsaglia's xorshift).
@@ -219,7 +219,7 @@ fn forks(scene: &Scene, random: &mut Random) -> Outcome {
     let stored = began.elapsed();
     scene.check_and_remove(&scene.vms()?)?;
     println!("a fork of two takes {forked:?}, until it is stored {stored:?}");
-    let (during, after) = (rounds(12), rounds(5));
+    let (during, after) = (rounds(6), rounds(3));
     for round in 0..during + after {
         let delay = if round < during {
             random.within(forked.mul_f64(1.1), round, during)
@@ -237,7 +237,7 @@ fn forks(scene: &Scene, random: &mut Random) -> Outcome {
         assert!(!ended || vms.len() == 3, "offshoots that were reported are there: {vms:?}");
         scene.check_and_remove(&vms)?;
         scene.settled()?;
-        if round % 6 == 5 {
+        if round % 5 == 4 {
             scene.works()?;
         }
     }
@@ -254,7 +254,7 @@ fn snapshots(scene: &Scene, random: &mut Random) -> Outcome {
     take("whole".into())?;
     let span = began.elapsed();
     println!("a snapshot takes {span:?}");
-    let count = rounds(5);
+    let count = rounds(3);
     for round in 0..count {
         let tag = format!("k{round}");
         let delay = random.within(span, round, count);
@@ -302,7 +302,7 @@ fn starts(scene: &Scene, random: &mut Random) -> Outcome {
         let span = began.elapsed();
         scene.host.remove("next")?;
         println!("a {what} takes {span:?}");
-        let count = rounds(4);
+        let count = rounds(2);
         for round in 0..count {
             let delay = random.within(span.mul_f64(1.1), round, count);
             let ended = scene.killed(delay, || run(from.clone()))?;
@@ -363,7 +363,7 @@ fn a_mirror_killed_under_load_costs_no_guest_and_no_byte() -> Outcome {
     let scene = Scene::new("km")?;
     let sum = scene.web.shell(&scene.host.client, "md5sum < /usr/bin/redis-check-rdb", MINUTES)?;
     scene.web.set("sum", &sum)?;
-    for round in 0..rounds(5) {
+    for round in 0..rounds(3) {
         // Fresh offshoots each time: theirs are the pages that fault.
         let guests = scene.fork(2)?;
         let end = AtomicBool::new(false);
@@ -395,7 +395,7 @@ fn a_mirror_killed_under_load_costs_no_guest_and_no_byte() -> Outcome {
 
 /// Daemon and mirror at once, under load and within a fork: what remains is hypervisors, their helpers and holders.
 fn all_at_once(scene: &Scene, random: &mut Random) -> Outcome {
-    for round in 0..rounds(4) {
+    for round in 0..rounds(2) {
         let guests = scene.fork(1)?;
         let end = AtomicBool::new(false);
         std::thread::scope(|scope| -> Outcome {
@@ -411,7 +411,7 @@ fn all_at_once(scene: &Scene, random: &mut Random) -> Outcome {
                 let request = ForkRequest { publish_base: None, ..scene.fork_request(2) };
                 let _ = scene.host.client.post_long::<ForkReply>("/v1/vms/web/fork", &request, |_| {});
             });
-            let delay = random.within(Duration::from_millis(900), round, rounds(4));
+            let delay = random.within(Duration::from_millis(900), round, rounds(2));
             std::thread::sleep(delay);
             kill(daemon);
             kill(mirror);

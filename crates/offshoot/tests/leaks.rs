@@ -4,7 +4,7 @@
 //! until the parent's RAM lies in as many files as it may: caches are full, threads are there. Then after many more.
 //! A leak of one thing for each fork, or for each round, shows as a difference well beyond what is allowed for.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use bench::guest::Guest;

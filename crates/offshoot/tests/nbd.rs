@@ -1,6 +1,6 @@
 //! Disks of images and snapshots, served and exported, as users and other people's programs meet them.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use common::{TestHost, eventually, halting_kernel, host, kill, program};
@@ -176,4 +176,41 @@ fn exports_to_files_are_whole_sparse_or_not_there() -> Outcome {
         Ok(fs::read_dir(scene.host.home.join("exports"))?.count() == 1)
     })?;
     Ok(())
+}
+
+/// `fio` over NBD while mirror and daemon are killed. It knows no second connection, so a chain of nbdkit stands
+/// between: its filter `retry` connects again and repeats what was not answered.
+#[test]
+fn fio_verifies_over_nbd_through_kills_of_mirror_and_daemon() -> Outcome {
+    let scene = Scene::new("nf")?;
+    let host = &scene.host;
+    // A machine holds the mirror's session when all else dies.
+    host.command(&["run", "tiny", "--name", "keeper", "--memory", "64M"])?;
+    host.command(&["blob", "create", "b", "64M"])?;
+    host.command(&["nbd", "serve", "blob:b", "--writable", "--name", "w"])?;
+    let served = format!("socket={}", host.home.join("run/nbd/w.sock").display());
+    let fio = |more: &str| {
+        let line = format!(
+            "fio --name=v --ioengine=nbd --uri=$uri --rw=randwrite --bs=4k-64k --size=64M --iodepth=8 --randseed=7 \
+             --verify=crc32c --verify_fatal=1 --verify_state_save=0 --output=/dev/null {more}"
+        );
+        Command::new("timeout")
+            .args(["120", "nbdkit", "--unix", "-", "--filter=retry", "nbd", &served, "export=w"])
+            .args(["retries=60", "retry-delay=1", "retry-exponential=no", "--run", &line])
+            .current_dir(scene.dir.path())
+            .spawn()
+    };
+    for round in 0..2 {
+        // At so many bytes a second that it cannot be over before they die.
+        let mut writing = fio("--do_verify=0 --rate=16M")?;
+        for which in 0..3_u64 {
+            std::thread::sleep(std::time::Duration::from_millis(700));
+            assert!(writing.try_wait()?.is_none(), "fio was over before anything died");
+            common::kill_some(host, which)?;
+        }
+        assert!(writing.wait()?.success(), "writing, round {round}");
+        common::kill_some(host, 2)?;
+        assert!(fio("--verify_only")?.wait()?.success(), "verifying, round {round}");
+    }
+    host.command(&["verify"]).map(drop)
 }

@@ -1,11 +1,11 @@
 //! Guest memory seen from outside: the maps of a real guest and of its copies, at rest, at work and live; and that to
 //! look changes nothing.
 
-mod common;
+use crate::common;
 
 use api::{Colors, DedupReport, DedupRequest, PageState, VmStats};
 use bench::Outcome;
-use common::{MINUTES, TestHost, eventually, host, program, ready};
+use common::{MINUTES, PageCache, TestHost, eventually, host, program, ready};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -92,7 +92,7 @@ fn seen() -> Outcome {
 }
 
 fn restored(host: &TestHost, kept: &Colors) -> Outcome {
-    std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+    drop(PageCache::emptied("1")?);
     let guest = host.restore("copy", "web@1")?;
     let before = strangers(host)?;
     let cold = look(host, "/v1/vms/copy/colors")?;
@@ -130,7 +130,7 @@ fn restored(host: &TestHost, kept: &Colors) -> Outcome {
 }
 
 fn fetched_ahead(host: &TestHost) -> Outcome {
-    std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let _cache = PageCache::emptied("1")?;
     let guest = host.restore_ahead("full", "web@1", Some("all"), None)?;
     ready(&guest)?;
     eventually("all is fetched ahead", || {

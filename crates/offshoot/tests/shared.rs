@@ -1,9 +1,8 @@
 //! Nodes that share one store on a real S3 server: what one makes the others use, and what happens while processes
 //! die, the server is silent, or the cache is full.
 
-mod common;
-#[path = "../../store/tests/common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use bench::Outcome;
 use common::tiny::disk_bytes;

@@ -1,9 +1,8 @@
 //! Images, snapshots and blobs on their way between the stores of two nodes, over a directory and over a real S3
 //! server; and cleaning up.
 
-mod common;
-#[path = "../../store/tests/common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use bench::Outcome;
 use common::tiny::disk_bytes;

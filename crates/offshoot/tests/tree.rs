@@ -1,11 +1,11 @@
 //! The tree of blobs, as other people's programs use it: versions as files, local changes, COMMIT and CLONE, through
 //! deaths of everything. Needs root, /dev/fuse, `python3` (for its ioctls), `fio` and the tools of ext4.
 
-mod common;
+use crate::common;
 
 use bench::Outcome;
 use common::fsx::Fsx;
-use common::{TestHost, eventually, halting_kernel, host, kill, program, tiny};
+use common::{TestHost, eventually, halting_kernel, host, kill_some, program, tiny};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -82,21 +82,6 @@ fn keeper(host: &TestHost, dir: &Path) -> Outcome {
     let (disk, kernel) = (text("tiny"), text("halt"));
     host.command(&["image", "import", &disk, "--name", "tiny", "--kernel", &kernel, "--cmdline", "quiet"])?;
     host.command(&["run", "tiny", "--name", "keeper", "--memory", "64M"]).map(|_| ())
-}
-
-/// Kills one of them or both, and waits until there are others.
-fn kill_some(host: &TestHost, which: u64) -> Outcome {
-    let (daemon, mirror) = (host.daemon_pid()?, host.mirror_pid()?);
-    if which != 1 {
-        kill(mirror);
-    }
-    if which != 0 {
-        kill(daemon);
-    }
-    // Any command starts a daemon, and that one a mirror.
-    eventually("daemon and mirror are there again", || {
-        Ok(host.command(&["ps"]).is_ok() && host.mirror_pid().is_ok_and(|pid| which == 1 || pid != mirror))
-    })
 }
 
 /// Waits for a child for two minutes at most.
@@ -301,12 +286,13 @@ fn commits_are_made_once_whatever_dies_and_whenever() -> Outcome {
     host.command(&["verify"]).map(|_| ())
 }
 
-/// `fsx` for some seconds: with kills in between, and what `between` does now and then.
+/// `fsx` for some seconds, and for as long as it takes until something was killed: with kills in between, and what
+/// `between` does now and then.
 fn fsx(host: &TestHost, fsx: &mut Fsx, mut between: impl FnMut(&mut Fsx) -> Outcome) -> Outcome {
-    let (seconds, every) = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { (600, 3000) } else { (15, 400) };
+    let (seconds, every) = if std::env::var_os("OFFSHOOT_TEST_FULL").is_some() { (600, 3000) } else { (8, 400) };
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut steps = 0_u64;
-    while Instant::now() < end {
+    while Instant::now() < end || steps <= every {
         fsx.step();
         steps += 1;
         if steps.is_multiple_of(every) {

@@ -1,15 +1,10 @@
-//! Every decoder against every kind of bytes. Whatever a medium holds, decoding ends, does not panic, and allocates
-//! no more than its input's length explains.
-//!
-//! An input of the fuzzer is a script of edits to a valid encoding, since bytes at random would fail at the first
-//! magic number; half of the scripts seal the result anew, since a seal would otherwise keep everything else from
-//! being tried. `cargo test` runs some thousands of scripts for each decoder; `make fuzz` runs them for
-//! `FUZZ_SECONDS` (60) each. The engine (bolero) reports a failure with the smallest script that shows it and the
-//! number that repeats it (`BOLERO_RANDOM_SEED`); under `cargo bolero` the same targets are led by coverage.
+//! Every decoder of the store against every kind of bytes, as `edits` says. Half of the scripts seal the result anew,
+//! since a seal would otherwise keep everything else from being tried.
 
 use crate::blob::history::{LogEntry, State};
 use crate::blob::{At, BlobSnapshot};
 use crate::chunks::disk;
+use crate::edits::{SMALL, within};
 use crate::engine::Memory;
 use crate::frame::{self, Encoded, Frame, Kind};
 use crate::head::{self, Manifest};
@@ -18,57 +13,8 @@ use crate::pack::{self, Index, PackId};
 use crate::shared::Record;
 use crate::store::{self, Mode, Store};
 use crate::tree::{Children, Node};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
-
-/// The system's allocator, noting the largest request of each thread.
-struct Noting;
-
-thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
-}
-
-fn note(size: usize) {
-    // A thread that ends allocates without its variables.
-    let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
-}
-
-// SAFETY: every call is passed on unchanged; noting a number allocates nothing.
-unsafe impl GlobalAlloc for Noting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        note(layout.size());
-        // SAFETY: the caller keeps to the contract of the same method.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(at, layout) }
-    }
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        note(size);
-        // SAFETY: as above.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Noting = Noting;
-
-/// Runs `decode`, which may not allocate more than `bound` at once.
-#[track_caller]
-fn within<T>(bound: usize, decode: impl FnOnce() -> T) -> T {
-    LARGEST.set(0);
-    let out = decode();
-    let largest = LARGEST.get();
-    assert!(largest <= bound, "{largest} bytes at once where {bound} are enough");
-    out
-}
-
-/// What messages and small vectors take whatever the input.
-const SMALL: usize = 16 << 10;
 
 fn keys() -> Keys {
     Keys::derive(&[7; 32], FORMAT)
@@ -76,71 +22,6 @@ fn keys() -> Keys {
 
 fn id() -> PackId {
     PackId { sequence: 3, random: 0x0123_4567_89ab_cdef }
-}
-
-const NUMBERS: [u64; 12] = [
-    0,
-    1,
-    0x7f,
-    0xff,
-    0x100,
-    0x7fff_ffff,
-    0x8000_0000,
-    0xffff_ffff,
-    0x1_0000_0000,
-    u64::MAX,
-    u64::MAX >> 1,
-    0x4141_4141_4141_4141,
-];
-
-/// Follows a script of edits: for each an operation, a place (two bytes) and an argument.
-fn edited(valid: &[u8], script: &[u8]) -> Vec<u8> {
-    let mut out = valid.to_vec();
-    for edit in script.chunks_exact(4) {
-        let at = usize::from(u16::from_le_bytes([edit[1], edit[2]])) % (out.len() + 1);
-        let argument = edit[3];
-        let number = NUMBERS[usize::from(argument) % NUMBERS.len()].to_le_bytes();
-        let overwrite = |out: &mut Vec<u8>, new: &[u8]| {
-            out.iter_mut().skip(at).zip(new).for_each(|(old, new)| *old = *new);
-        };
-        match edit[0] % 9 {
-            0 => overwrite(&mut out, &[argument]),
-            1 if at < out.len() => out[at] ^= 1 << (argument % 8),
-            2 => overwrite(&mut out, &number[..4]),
-            3 => overwrite(&mut out, &number),
-            4 => out.truncate(at),
-            5 => out.extend(std::iter::repeat_n(argument, usize::from(edit[1]))),
-            6 => _ = out.drain(at..(at + usize::from(argument)).min(out.len())),
-            7 => _ = out.splice(at..at, std::iter::repeat_n(argument, usize::from(edit[1] % 64))),
-            _ => {
-                let part = out[at..(at + usize::from(argument)).min(out.len())].to_vec();
-                out.extend(part);
-            }
-        }
-    }
-    out
-}
-
-/// Runs a target: a valid encoding by the first byte of the input, edited by the rest.
-macro_rules! fuzz {
-    ($valid:expr, $try:expr) => {{
-        let valid: Vec<Vec<u8>> = $valid;
-        let target = bolero::check!().with_max_len(64).with_shrink_time(Duration::from_secs(5));
-        let attempt: fn(&[u8], bool) = $try;
-        valid.iter().for_each(|valid| attempt(valid, false));
-        let run = move |input: &[u8]| {
-            let Some((first, script)) = input.split_first() else { return };
-            let which = usize::from(*first) / 2 % valid.len();
-            attempt(&edited(&valid[which], script), first % 2 == 1);
-        };
-        match std::env::var("FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok()) {
-            Some(seconds) => {
-                let time = Duration::from_secs(seconds);
-                target.with_iterations(usize::MAX).with_test_time(time).for_each(run);
-            }
-            None => target.with_iterations(4000).for_each(run),
-        }
-    }};
 }
 
 /// Replaces the last 32 bytes by the seal of what precedes them.

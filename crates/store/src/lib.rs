@@ -11,6 +11,11 @@
 //! `tree` is pure. The engines (`engine`) are the only modules that touch a medium. `docs/store-format.md`
 //! gives every byte of the format.
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 mod arrange;
 pub mod blob;
 mod cache;

@@ -2,9 +2,8 @@
 //! else changes, whoever reads, commits, collects or arranges beside it.
 #![allow(missing_docs)]
 
-mod common;
-#[path = "common/watched.rs"]
-mod watched;
+use crate::common;
+use crate::watched;
 
 use base::ByteRange;
 use common::{BLOCK, Mem, Rng, assert_same, assert_sound, commit, manifest, publish, range, read_all};

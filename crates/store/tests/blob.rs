@@ -1,7 +1,7 @@
 //! Blobs against a plain model, and what each operation costs.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use base::ByteRange;
 use common::{Mem, Rng, assert_same, assert_sound, read_all};

@@ -11,9 +11,8 @@
 //! without a fault; nothing stays of a store whose heads are gone.
 #![allow(missing_docs, unreachable_pub)]
 
-mod common;
-#[path = "common/faulty.rs"]
-mod faulty;
+use crate::common;
+use crate::faulty;
 
 use base::ByteRange;
 use common::{Rng, assert_sound, read_all};

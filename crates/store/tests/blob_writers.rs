@@ -1,7 +1,7 @@
 //! Many writers and readers of one blob, and of many, at once; and every state a crash may leave.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use base::ByteRange;
 use common::{Mem, Rng, assert_same, assert_sound, read_all};
@@ -476,7 +476,7 @@ fn writers_killed_at_any_instant_lose_nothing_they_published() {
     let mut published = 0;
     for round in 0..12 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "killed_writers_process", "--nocapture"])
+            .args(["--exact", &common::own(module_path!(), "killed_writers_process"), "--nocapture"])
             .env("STORE_TEST_BLOB_WRITER", dir.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

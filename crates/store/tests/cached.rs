@@ -1,9 +1,8 @@
 //! The disk cache: right bytes whatever happens to the disk, the engine below or the process; few fetches.
 #![allow(missing_docs)]
 
-mod common;
-#[path = "common/watched.rs"]
-mod watched;
+use crate::common;
+use crate::watched;
 
 use base::ByteRange;
 use common::{Mem, Rng, assert_same, assert_sound, publish, read_all};
@@ -286,7 +285,7 @@ fn a_process_killed_while_filling_leaves_a_cache_of_right_bytes() {
     let (mut kept, mut healed) = (0, 0);
     for _ in 0..15 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "killed_cache_process", "--nocapture"])
+            .args(["--exact", &common::own(module_path!(), "killed_cache_process"), "--nocapture"])
             .env("STORE_TEST_CACHE", dir.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -338,13 +337,13 @@ fn full_disk_process() {
 fn a_full_disk_costs_hits_and_never_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let test = std::env::current_exe().unwrap();
-    let script =
-        "mount -t tmpfs -o size=3m none \"$STORE_TEST_FULL_DISK\" && exec \"$0\" --exact full_disk_process --nocapture";
+    let script = "mount -t tmpfs -o size=3m none \"$STORE_TEST_FULL_DISK\" && exec \"$0\" --exact \"$1\" --nocapture";
     // A namespace of users as well where this does not run as root.
     let flags = if rustix::process::geteuid().is_root() { "-m" } else { "-rm" };
     let ran = Command::new("unshare")
         .args([flags, "sh", "-c", script])
         .arg(&test)
+        .arg(common::own(module_path!(), "full_disk_process"))
         .env("STORE_TEST_FULL_DISK", dir.path())
         .output()
         .unwrap();

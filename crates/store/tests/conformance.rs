@@ -1,14 +1,13 @@
 //! One suite for every engine: what the store's safety stands on, and the store's basic behaviour above it.
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use common::{Mem, Rng, assert_same, assert_sound, commit, manifest, publish, range, read_all};
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::sync::{Arc, Barrier};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use store::engine::{Engine, Local, Memory};
 use store::{Error, Expect, Mode, Store};
 
@@ -44,7 +43,7 @@ macro_rules! conformance {
     ($($medium:ident),*) => {$(
         mod $medium {
             conformance!(@each $medium: objects, uploads_dropped, ranges, large_uploads, lists, heads,
-                races_on_heads, races_on_new_objects, removal, odd_names, times,
+                races_on_heads, heads_are_linear, races_on_new_objects, removal, odd_names, times,
                 versions_read_back, heads_are_swapped, reopened, collected);
         }
     )*};
@@ -219,6 +218,94 @@ fn races_on_heads(medium: Medium) {
     });
     for round in 0..rounds {
         assert_eq!(wins.iter().filter(|won| won[round]).count(), 1, "round {round}");
+    }
+}
+
+/// Something that one thread did to a head, and between which two instants.
+struct Done {
+    began: Instant,
+    ended: Instant,
+    what: What,
+}
+
+/// Contents are numbers that occur once; 0 stands for no head.
+enum What {
+    Read(u64),
+    /// Saw the first number and put the second in its place.
+    Swapped(u64, u64),
+    /// Saw a number that was no longer there.
+    Lost(u64),
+}
+
+/// Many threads read a head and swap it. What they saw must be what one register could have shown to each at one
+/// instant between its question and its answer (Herlihy and Wing): swaps form one chain, and no answer is older than
+/// one that somebody had before it was asked for.
+fn heads_are_linear(medium: Medium) {
+    let engine = &*medium.engine;
+    // As many rounds on S3 as fit into a second or two.
+    let (threads, rounds) = (5u64, if medium.mode == Mode::Shared && medium._dir.is_none() { 40 } else { 60 });
+    let look = || -> (u64, Expect) {
+        let found = engine.head("linear").unwrap();
+        found.map_or((0, Expect::Absent), |(bytes, etag)| {
+            (u64::from_le_bytes(bytes.try_into().expect("eight bytes")), Expect::Etag(etag))
+        })
+    };
+    let history: Vec<Done> = std::thread::scope(|scope| {
+        let one = |me: u64| {
+            scope.spawn(move || {
+                let mut done = Vec::new();
+                let mut note = |began, what| done.push(Done { began, ended: Instant::now(), what });
+                for round in 0..rounds {
+                    let began = Instant::now();
+                    let (seen, expect) = look();
+                    note(began, What::Read(seen));
+                    // Some only look.
+                    if (round + me).is_multiple_of(3) {
+                        continue;
+                    }
+                    let (began, new) = (Instant::now(), 1 + me + round * threads);
+                    let swapped = engine.swap_head("linear", &expect, &new.to_le_bytes()).unwrap();
+                    note(began, if swapped.is_ok() { What::Swapped(seen, new) } else { What::Lost(seen) });
+                }
+                done
+            })
+        };
+        let all: Vec<_> = (0..threads).map(one).collect();
+        all.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut next = BTreeMap::new();
+    for done in &history {
+        if let What::Swapped(old, new) = done.what {
+            assert_eq!(next.insert(old, (new, done)).map(|(other, _)| other), None, "two took the place of {old}");
+        }
+    }
+    // The chain from no head on, and where in it each number stands.
+    let (mut place, mut chain, mut at) = (BTreeMap::from([(0, 0)]), Vec::new(), 0);
+    while let Some(&(new, done)) = next.get(&at) {
+        chain.push(done);
+        place.insert(new, chain.len());
+        at = new;
+    }
+    assert_eq!(chain.len(), next.len(), "swaps that follow on no other");
+    assert!(chain.len() as u64 >= rounds / 2, "only {} swaps", chain.len());
+    assert_eq!(look().0, at, "the last of them is what is there");
+    let place_of = |number: &u64| *place.get(number).unwrap_or_else(|| panic!("{number} was never there"));
+    // From which place on an answer shows the register, and up to which.
+    let span = |done: &Done| match &done.what {
+        What::Read(seen) => (place_of(seen), place_of(seen)),
+        What::Swapped(old, new) => (place_of(old), place_of(new)),
+        What::Lost(seen) => (place_of(seen) + 1, place_of(seen) + 1),
+    };
+    for done in &history {
+        let (from, _) = span(done);
+        let made = from.checked_sub(1).map(|made| chain.get(made).unwrap_or_else(|| panic!("it lost to nobody")));
+        assert!(made.is_none_or(|made| made.began <= done.ended), "place {from} was seen before it was made");
+        for earlier in history.iter().filter(|earlier| earlier.ended < done.began) {
+            let (_, seen) = span(earlier);
+            // One that lost may have lost to later ones as well.
+            let until = if matches!(done.what, What::Lost(_)) { usize::MAX } else { from };
+            assert!(seen <= until, "place {from} was shown after place {seen} had been");
+        }
     }
 }
 

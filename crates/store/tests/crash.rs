@@ -1,7 +1,7 @@
 //! Crashes: every state that the medium may be found in opens, is sound, and has what was published.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use common::{BLOCK, Mem, Rng, assert_same, assert_sound, commit, commit_all, manifest, publish, range, read_all};
 use std::collections::BTreeMap;
@@ -184,7 +184,7 @@ fn a_writer_killed_at_any_instant_loses_nothing_it_published() {
     let mut published = 0;
     for round in 0..20 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "killed_writer_process", "--nocapture"])
+            .args(["--exact", &common::own(module_path!(), "killed_writer_process"), "--nocapture"])
             .env("STORE_TEST_WRITER", dir.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

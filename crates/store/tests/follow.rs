@@ -1,7 +1,7 @@
 //! Versions that follow one version and no other.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use base::ByteRange;
 use common::{Mem, Rng, assert_same};

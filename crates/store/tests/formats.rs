@@ -11,7 +11,7 @@
 //! with the release that brought format n, and is never written again.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use base::ByteRange;
 use common::{Mem, Rng, assert_sound, manifest, publish, read_all};

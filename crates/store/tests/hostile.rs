@@ -1,10 +1,8 @@
 //! Servers and ways to them that do not behave: conditions ignored, errors, slowness, silence, bodies cut short.
 //! Whatever comes, it is reported by name within a bounded number of requests, and never a wrong byte is served.
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use common::{Mem, Rng, assert_same, assert_sound, manifest, publish, read_all};
 use std::collections::HashMap;

@@ -2,7 +2,7 @@
 //! one commit, and the same with as many small commits after it as change a block in two.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use common::{BLOCK, Mem, Rng, assert_sound};
 use std::collections::BTreeSet;

@@ -1,7 +1,7 @@
 //! The local engine: files, space, other processes, and damage.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use common::{BLOCK, Mem, Rng, assert_same, assert_sound, commit, commit_all, manifest, publish, range, read_all};
 use std::fs;

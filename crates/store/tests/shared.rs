@@ -1,10 +1,8 @@
 //! Shared stores: several writers and collectors on one medium, with a grace period of moments. Whatever happens,
 //! everything that a head names is there, and what none names goes.
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use base::ByteRange;
 use common::{
@@ -532,7 +530,7 @@ fn processes_killed_at_any_instant_leave_a_shared_store_whole() {
     for _ in 0..5 {
         let start = || {
             let mut child = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "killed_shared_writer_process", "--nocapture"])
+                .args(["--exact", &common::own(module_path!(), "killed_shared_writer_process"), "--nocapture"])
                 .env("STORE_TEST_SHARED_WRITER", &url)
                 .stdout(Stdio::piped())
                 .spawn()

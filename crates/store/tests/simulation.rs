@@ -7,9 +7,8 @@
 //! nothing fails.
 #![allow(missing_docs, unreachable_pub)]
 
-mod common;
-#[path = "common/faulty.rs"]
-mod faulty;
+use crate::common;
+use crate::faulty;
 
 use common::{BLOCK, Mem, Rng, assert_sound, commit, manifest, read_all};
 use faulty::{Faults, Faulty};

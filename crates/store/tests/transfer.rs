@@ -1,9 +1,7 @@
 //! Push and pull between stores with different keys.
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "common/weed.rs"]
-mod weed;
+use crate::common;
+use crate::weed;
 
 use common::{Mem, Rng, assert_same, assert_sound, commit, commit_all, manifest, publish, range, read_all};
 use std::collections::BTreeMap;

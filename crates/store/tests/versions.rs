@@ -1,7 +1,7 @@
 //! Versions: what is committed is what is read, at the cost the tree promises.
 #![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use base::ByteRange;
 use common::{BLOCK, Mem, Rng, assert_same, assert_sound, commit, commit_all, manifest, publish, range, read_all};

@@ -7,6 +7,11 @@
 //! This crate knows nothing of stores, mirrors, snapshots or names of VMs: RAM is a map in a file, a disk is a
 //! path, and the network is a connected socket.
 
+#[cfg(test)]
+#[macro_use]
+#[path = "../../base/fuzz/edits.rs"]
+mod edits;
+
 pub mod accelerator;
 mod error;
 pub mod passt;

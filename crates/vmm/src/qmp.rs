@@ -170,3 +170,6 @@ fn read_lines(stream: UnixStream, replies: &Sender<Value>, events: &Sender<Event
     }
     wake();
 }
+
+#[cfg(test)]
+mod fuzz;

@@ -1,8 +1,8 @@
 //! The daemon's side of the resident library's protocol ([`base::resident`]).
 
 use crate::error::Error;
-use base::ByteRange;
 use base::resident::fields;
+use base::{ByteRange, PAGE};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
@@ -51,6 +51,8 @@ pub struct Frozen {
 }
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// The longest line: the pids of many holders.
+const LINE_MAX: u64 = 1 << 20;
 
 impl Resident {
     /// Connects to the library's socket.
@@ -113,24 +115,14 @@ impl Resident {
     pub fn freeze(&mut self, full: bool) -> Result<Frozen, Error> {
         let line = self.ask(if full { "freeze all" } else { "freeze" })?;
         let f = fields(&line).map_err(Error::Resident)?;
-        let written: usize = number(&f, "written")? as usize;
-        let zeroed: usize = number(&f, "zeroed")? as usize;
-        let mut bytes = vec![0; (written + zeroed) * 16];
-        self.reader.read_exact(&mut bytes).map_err(|e| Error::Resident(format!("freeze broke off: {e}")))?;
-        let mut ranges: Vec<ByteRange> = bytes
-            .chunks_exact(16)
-            .map(|c| {
-                let word = |at: usize| u64::from_le_bytes(c[at..at + 8].try_into().expect("eight bytes"));
-                ByteRange::new(word(0), word(8))
-            })
-            .collect();
-        let zeroed = ranges.split_off(written);
+        let written = self.ranges(number(&f, "written")?)?;
+        let zeroed = self.ranges(number(&f, "zeroed")?)?;
         Ok(Frozen {
             holder: number(&f, "holder")? as u32,
             start: number(&f, "start")?,
             ram: hex(&f, "ram")?,
             tracked: f.get("tracked") == Some(&"1"),
-            written: ranges,
+            written,
             zeroed,
             fork_us: number(&f, "fork_us")?,
             scan_us: number(&f, "scan_us")?,
@@ -178,6 +170,28 @@ impl Resident {
         fd.ok_or_else(|| Error::Resident("sent no FUSE descriptor".into()))
     }
 
+    /// The ranges behind a line. No more is allocated than comes, whatever number of them the line names.
+    fn ranges(&mut self, count: u64) -> Result<Vec<ByteRange>, Error> {
+        let broken = |why: String| Error::Resident(format!("freeze broke off: {why}"));
+        let len = count.checked_mul(16).ok_or_else(|| broken(format!("it names {count} ranges")))?;
+        let mut bytes = Vec::new();
+        let got = (&mut self.reader).take(len).read_to_end(&mut bytes).map_err(|e| broken(e.to_string()))?;
+        if got as u64 != len {
+            return Err(broken(format!("{got} of {len} bytes of ranges came")));
+        }
+        let mut after = 0;
+        let range = |words: &[u8]| {
+            let word = |at: usize| u64::from_le_bytes(words[at..at + 8].try_into().expect("eight bytes"));
+            let (start, end) = (word(0), word(8));
+            if start < after || end <= start || !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) {
+                return Err(Error::Resident(format!("{start:#x}..{end:#x} is no range of pages behind {after:#x}")));
+            }
+            after = end;
+            Ok(ByteRange::new(start, end))
+        };
+        bytes.chunks_exact(16).map(range).collect()
+    }
+
     fn send(&mut self, request: &str) -> Result<(), Error> {
         self.stream.write_all(format!("{request}\n").as_bytes()).map_err(|e| Error::Resident(format!("{request}: {e}")))
     }
@@ -185,7 +199,7 @@ impl Resident {
     fn ask(&mut self, request: &str) -> Result<String, Error> {
         self.send(request)?;
         let mut line = String::new();
-        match self.reader.read_line(&mut line) {
+        match (&mut self.reader).take(LINE_MAX).read_line(&mut line) {
             Ok(0) => Err(Error::Resident(format!("hung up at `{request}`"))),
             Ok(_) => Ok(line),
             Err(e) => Err(Error::Resident(format!("{request}: {e}"))),
@@ -202,3 +216,6 @@ fn hex(f: &HashMap<&str, &str>, key: &str) -> Result<u64, Error> {
         .and_then(|v| u64::from_str_radix(v.trim_start_matches("0x"), 16).ok())
         .ok_or_else(|| Error::Resident(format!("reply lacks `{key}`")))
 }
+
+#[cfg(test)]
+mod fuzz;

@@ -163,9 +163,13 @@ impl Layer {
             for (block, &code) in (offset..).zip(&codes[..got]) {
                 let wrong = || io::Error::other(format!("layer {:016x}: block {block} has no state {code}", self.id));
                 let state = keep(State::from_code(code).ok_or_else(wrong)?);
-                if state != State::Absent {
-                    self.states.set(block..block + 1, state);
+                if state == State::Absent {
+                    continue;
                 }
+                if block >= self.states.blocks() {
+                    return Err(io::Error::other(format!("layer {:016x} has no block {block}", self.id)));
+                }
+                self.states.set(block..block + 1, state);
             }
             offset += got as u64;
         }

@@ -79,6 +79,11 @@ impl StateMap {
         Self { chunks: (0..blocks.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect(), blocks }
     }
 
+    /// How many blocks there are.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
     /// The word that holds `block`; all absent where there is no chunk.
     fn word(&self, block: u64) -> u64 {
         let chunk = self.chunks[(block / CHUNK) as usize].get();

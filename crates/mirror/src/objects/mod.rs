@@ -25,6 +25,21 @@ use thiserror::Error;
 /// A mark of `durable` and `flushing`: the object is gone, nothing of it may reach the disk again.
 const GONE: u64 = u64::MAX;
 
+/// The most blocks of a disk: 64 TiB of the usual ones. A mirror's table of them takes a byte for each 64.
+const BLOCKS_MAX: u64 = 1 << 34;
+
+/// Why there can be no disk of such bytes and blocks; none: there can.
+fn impossible(size: u64, block_size: u64) -> Option<String> {
+    if !block_size.is_power_of_two() || !(512..=1 << 20).contains(&block_size) {
+        return Some(format!("blocks of {block_size} bytes; write a power of two from 512 to 1 MiB"));
+    }
+    if size == 0 || size > i64::MAX as u64 - (1 << 20) {
+        return Some(format!("a disk of {size} bytes cannot be"));
+    }
+    let blocks = size.div_ceil(block_size);
+    (blocks > BLOCKS_MAX).then(|| format!("{size} bytes are {blocks} blocks, more than {BLOCKS_MAX}"))
+}
+
 /// Anything with an id.
 #[derive(Clone)]
 pub(crate) enum Object {
@@ -176,11 +191,8 @@ impl Objects {
             None if spec.id < ID_MIN => return refused(format!("ids below {ID_MIN} are the mount's own")),
             None => {}
         }
-        if !spec.block_size.is_power_of_two() || !(512..=1 << 20).contains(&spec.block_size) {
-            return refused(format!("blocks of {} bytes; write a power of two from 512 to 1 MiB", spec.block_size));
-        }
-        if spec.size == 0 || spec.size > i64::MAX as u64 - (1 << 20) {
-            return refused(format!("a disk of {} bytes cannot be", spec.size));
+        if let Some(why) = impossible(spec.size, spec.block_size) {
+            return refused(why);
         }
         let lower = match &spec.below {
             Below::Zero => Lower::Zero,
@@ -518,5 +530,7 @@ fn io_error(what: &'static str, id: u64) -> impl Fn(io::Error) -> ObjectError {
     move |source| ObjectError::Io { what, id, source }
 }
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -44,7 +44,7 @@ impl Objects {
         }
         let deferred: BTreeSet<u64> = read_json_or_default(&home.live().join("deferred.json")).unwrap_or_default();
         let deferred = deferred.into_iter().filter(|id| map.contains_key(id)).collect();
-        let pool = Arc::new(Pool::new(home.clone(), 1 + last_layer(&home, &found)?));
+        let pool = Arc::new(Pool::new(home.clone(), last_layer(&home, &found)?.saturating_add(1)));
         let objects = Self { home, versions, pool, map: RwLock::new(map), admin: Mutex::new(Admin { deferred }) };
         objects.remove_deferred().map_err(io::Error::other)?;
         Ok(objects)
@@ -138,6 +138,9 @@ impl Rebuild<'_> {
         let path = self.home.layer_data(id);
         if !path.exists() {
             return Err(io::Error::other(format!("its layer {} is gone", path.display())));
+        }
+        if let Some(why) = super::impossible(size, block_size) {
+            return Err(io::Error::other(format!("its description is damaged: {why}")));
         }
         let blocks = size.div_ceil(block_size);
         let open = if self.same_boot { Layer::open_live } else { Layer::open_durable };

@@ -125,6 +125,22 @@ pub(crate) fn halting_kernel() -> Vec<u8> {
     bytes
 }
 
+/// The machine's page cache, for whoever empties it and counts what comes back: others that do wait for this to be
+/// dropped, in whatever process.
+pub(crate) struct PageCache {
+    _lock: std::fs::File,
+}
+
+impl PageCache {
+    /// Nobody else has it, and nothing of what can be dropped is in it: pages for `1`, names as well for `3`.
+    pub(crate) fn emptied(what: &str) -> Outcome<Self> {
+        let _lock = std::fs::File::create("/tmp/offshoot-test-page-cache.lock")?;
+        rustix::fs::flock(&_lock, rustix::fs::FlockOperation::LockExclusive)?;
+        std::fs::write("/proc/sys/vm/drop_caches", what)?;
+        Ok(Self { _lock })
+    }
+}
+
 /// Waits until a guest's web server and its redis answer.
 pub(crate) fn ready(guest: &Guest) -> Outcome {
     guest.await_response(None, MINUTES)?;
@@ -172,6 +188,21 @@ pub(crate) fn kill(pid: u32) {
     if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
+}
+
+/// Kills the mirror (0), the daemon (1) or both, and waits until there are others.
+pub(crate) fn kill_some(host: &TestHost, which: u64) -> Outcome {
+    let (daemon, mirror) = (host.daemon_pid()?, host.mirror_pid()?);
+    if which != 1 {
+        kill(mirror);
+    }
+    if which != 0 {
+        kill(daemon);
+    }
+    // Any command starts a daemon, and that one a mirror.
+    eventually("daemon and mirror are there again", || {
+        Ok(host.command(&["ps"]).is_ok() && host.mirror_pid().is_ok_and(|pid| which == 1 || pid != mirror))
+    })
 }
 
 /// The processes that name `home` in their command lines (our own, hypervisors), have a file of it open (network

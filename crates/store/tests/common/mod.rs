@@ -142,3 +142,8 @@ pub fn collect_shared(store: &Store) {
     }
     panic!("garbage stays: {:#?}", store.explain_collection(&[]).unwrap().packs);
 }
+
+/// The name by which the test program knows a test of a module: what a test runs in a process of its own.
+pub fn own(module: &str, test: &str) -> String {
+    module.split_once("::").map_or_else(|| test.to_owned(), |(_, module)| format!("{module}::{test}"))
+}

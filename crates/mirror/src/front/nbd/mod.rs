@@ -7,6 +7,8 @@
 
 mod connection;
 mod disk;
+#[cfg(test)]
+mod fuzz;
 mod handshake;
 pub(crate) mod wire;
 

@@ -141,3 +141,28 @@ fn every_flipped_byte_of_a_partition_table_is_survived() {
     }
     assert_eq!(faults(&disk), Ok(vec![(1, 64 * 512)]));
 }
+
+mod fuzz {
+    use super::*;
+    use crate::edits::{SMALL, within};
+
+    /// What is found lies on the disk, whatever its tables say, and nothing beyond it is read.
+    #[test]
+    fn partition_tables() {
+        let mut dos = vec![0; 8192];
+        mbr(&mut dos, 1, 0x83, 6, 10);
+        mbr(&mut dos, 3, 0x83, 2, 8);
+        let mut modern = vec![0; 8192];
+        gpt(&mut modern, 6, 15);
+        fuzz!(vec![dos, modern], |head, _| {
+            let mut disk = head.to_vec();
+            disk.resize(32 << 10, 0);
+            for start in [3072, 7168, 16384] {
+                superblock(&mut disk, start, 2);
+            }
+            if let Ok(found) = within((2 << 20) + SMALL, || faults(&disk)) {
+                assert!(found.iter().all(|&(_, start)| start + 2048 <= disk.len() as u64), "{found:?}");
+            }
+        });
+    }
+}

@@ -49,3 +49,26 @@ fn short_and_odd_headers_are_refused() {
         assert!(header(&odd).unwrap_err().contains(word));
     }
 }
+
+mod fuzz {
+    use super::*;
+    use crate::edits::{SMALL, within};
+
+    /// Whatever a foreign disk's header says, it is read within its own bytes.
+    #[test]
+    fn headers() {
+        let mut backed = plain();
+        backed[8..16].copy_from_slice(&200u64.to_be_bytes());
+        backed[16..20].copy_from_slice(&11u32.to_be_bytes());
+        let mut external = plain();
+        external[104..108].copy_from_slice(&DATA_FILE_NAME.to_be_bytes());
+        external[108..112].copy_from_slice(&6u32.to_be_bytes());
+        fuzz!(vec![plain(), backed, external], |head, _| {
+            // A refusal quotes the name of another file, escaped where it is no text.
+            match within(8 * head.len() + SMALL, || header(head)) {
+                Ok(size) => assert_eq!(size.to_be_bytes(), head[24..32]),
+                Err(why) => assert!(!why.is_empty()),
+            }
+        });
+    }
+}
