@@ -99,13 +99,13 @@ pub struct RunRequest {
     pub accelerator: Option<String>,
     /// Added to the image's kernel command line; only when booting an image.
     pub append: Option<String>,
-    /// What is fetched ahead of the guest; only when starting from a snapshot.
+    /// What is fetched ahead of the guest: RAM and disks from a snapshot, the disk of an image.
     #[serde(default)]
     pub prefetch: Option<String>,
-    /// How much of it, from 0 to 1; only when starting from a snapshot.
+    /// How much of it, from 0 to 1.
     #[serde(default)]
     pub eager: Option<f32>,
-    /// Whether what it touches is added to the snapshot's access profile, as it is where this is absent.
+    /// Whether what it touches is added to the access profiles, as it is where this is absent.
     #[serde(default)]
     pub learn: Option<bool>,
 }
@@ -195,12 +195,13 @@ pub struct Snapshot {
     pub generation: u32,
 }
 
-/// `POST /v1/snapshots/{name}/arrange`: where what offshoots of a snapshot touch lies in the store.
+/// `POST /v1/snapshots/{name}/arrange`, `POST /v1/images/{name}/arrange`: where what offshoots of a snapshot touch, or
+/// what is read of an image as it boots, lies in the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotArranged {
-    /// `vm@tag`.
+    /// `vm@tag`, or the image's name.
     pub name: String,
-    /// Pages with content that its recorded offshoots touched.
+    /// Pages with content that its recorded offshoots touched, or blocks that were read.
     pub pages: u64,
     /// Pages that were moved; none where their order was good.
     pub moved: u64,
@@ -422,6 +423,12 @@ pub struct NbdRequest {
     /// Whether it ends with its last connection; lists do not show such.
     #[serde(default)]
     pub ephemeral: bool,
+    /// What is fetched ahead of its readers, as of a VM: what earlier readers of the image or snapshot read.
+    #[serde(default)]
+    pub prefetch: Option<String>,
+    /// Whether what they read is added to its access profile, as it is where this is absent.
+    #[serde(default)]
+    pub learn: Option<bool>,
 }
 
 /// What an export is doing.

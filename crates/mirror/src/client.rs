@@ -4,8 +4,8 @@
 //! its request, which is harmless (see [`crate::control`]), until its time is up.
 
 use crate::control::{
-    ExportSpec, Foresee, Hello, Listing, OverlaySpec, Queued, RamPages, RamSpec, Recording, Removed, Reply, Request,
-    Stats, StoreState, ViewChanges, Warmth,
+    ExportSpec, Foresee, ForeseeDisk, Hello, Listing, OfDisk, OverlaySpec, Queued, RamPages, RamSpec, Recording,
+    Removed, Reply, Request, Stats, StoreState, ViewChanges, Warmth,
 };
 use base::ByteRange;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -213,6 +213,22 @@ impl Client {
     /// It is not recorded: the mirror may be another one now.
     pub fn recording(&mut self, vm: &str, end: bool) -> Answer<Recording> {
         self.call(&Request::Recording { vm: vm.to_owned(), end })
+    }
+
+    /// Fetches blocks ahead of a disk's readers, records what they read, or both.
+    ///
+    /// # Errors
+    /// There is no such disk.
+    pub fn foresee_disk(&mut self, spec: ForeseeDisk) -> Answer<()> {
+        self.call(&Request::ForeseeDisk(spec))
+    }
+
+    /// Whether what a disk's readers want has settled; with `end`, also what they read, and nothing more is recorded.
+    ///
+    /// # Errors
+    /// It is not recorded: the mirror may be another one now.
+    pub fn disk_recording(&mut self, disk: &OfDisk, end: bool) -> Answer<Recording> {
+        self.call(&Request::DiskRecording { disk: disk.clone(), end })
     }
 
     /// Which pages of a VM's RAM were brought: none of one that is not registered.

@@ -121,10 +121,33 @@ pub struct Foresee {
     pub record: bool,
 }
 
-/// What a VM touched.
+/// What to do for the readers of a disk beyond answering them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForeseeDisk {
+    /// The disk.
+    pub disk: OfDisk,
+    /// The version that it shows where nothing was written, in text.
+    pub version: String,
+    /// Blocks of 4 KiB of that to fetch ahead, by number and in this order; not again while they are on their way.
+    pub blocks: Vec<u32>,
+    /// Whether to record which blocks of what it shows are read, from now on; where that was begun it goes on.
+    pub record: bool,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OfDisk {
+    /// One that may be written, by id.
+    Overlay(u64),
+    /// A version that is served as it is, by the name of its export.
+    Export(String),
+}
+
+/// What a VM touched, or what was read of a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recording {
-    /// Pages in the order of their first touch, each with milliseconds since its start; only at the end.
+    /// Pages, or blocks, in the order of their first touch, each with milliseconds since its start; only at the end.
     pub touches: Vec<(u32, u32)>,
     /// When its working set had settled, in milliseconds; none: not yet.
     pub settled_ms: Option<u32>,
@@ -208,6 +231,10 @@ pub enum Request {
     /// Whether a VM's working set has settled; with `end`, also what it touched, and nothing more is recorded.
     /// Answer: [`Recording`].
     Recording { vm: String, end: bool },
+    /// Fetches blocks ahead of a disk's readers, records what they read, or both.
+    ForeseeDisk(ForeseeDisk),
+    /// As `recording`, of a disk. Answer: [`Recording`].
+    DiskRecording { disk: OfDisk, end: bool },
     /// Which pages of a VM's RAM were brought. Answer: [`RamPages`].
     RamPages { vm: String },
     /// How the store does. Answer: [`StoreState`].
@@ -447,6 +474,9 @@ pub struct Stats {
     /// What is fetched ahead by plan.
     #[serde(default)]
     pub streams: Vec<StreamStats>,
+    /// Versions of disks of which blocks are being fetched ahead.
+    #[serde(default)]
+    pub disk_streams: u64,
     /// Worker threads now.
     pub threads: u64,
 }

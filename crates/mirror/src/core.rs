@@ -153,6 +153,7 @@ impl Core {
             problems: self.problems.list(),
             prefetch_queued: self.prefetch.len(),
             streams: self.foresight.stats(),
+            disk_streams: self.foresight.disks.running(),
             threads: self.crew.total.load(Ordering::Acquire) as u64,
         }
     }

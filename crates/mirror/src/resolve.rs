@@ -29,6 +29,14 @@ pub trait Versions: Send + Sync {
         Ok(neighbours(pages))
     }
 
+    /// As [`Versions::together`], without those that the node's cache holds.
+    ///
+    /// # Errors
+    /// As [`Versions::read_at`].
+    fn away(&self, version: &str, pages: &[u64]) -> Result<Vec<Vec<u64>>, VersionError> {
+        self.together(version, pages)
+    }
+
     /// Looks where versions lie by now: what was laid down anew since is read there from then on.
     fn look_again(&self) {}
 

@@ -141,6 +141,10 @@ impl Server {
             Request::Prefetch { object, ranges, vm } => send(stream, &reply(self.prefetch(object, &ranges, vm))),
             Request::Foresee(spec) => send(stream, &reply(core.foresight.begin(core, &spec))),
             Request::Recording { vm, end } => send(stream, &reply(core.foresight.recording(&vm, end))),
+            Request::ForeseeDisk(spec) => send(stream, &reply(core.foresight.disks.begin(&self.core, &spec))),
+            Request::DiskRecording { disk, end } => {
+                send(stream, &reply(core.foresight.disks.recording(core, &disk, end)))
+            }
             Request::RamPages { vm } => send(stream, &Reply::Ok(core.ram_pages(&vm))),
             Request::Store => send(stream, &Reply::Ok(objects.versions().state())),
             Request::Warm { name, versions, begin, pin } => {

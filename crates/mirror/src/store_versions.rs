@@ -171,6 +171,16 @@ impl Versions for StoreVersions {
         Ok(spans.into_iter().map(|span| span.blocks.iter().map(|block| block * PAGE).collect()).collect())
     }
 
+    fn away(&self, version: &str, pages: &[u64]) -> Result<Vec<Vec<u64>>, VersionError> {
+        let (store, parsed) = self.of(version, pages.first().copied().unwrap_or(0))?;
+        let opened = self.opened.get().and_then(|opened| opened.cache.as_ref());
+        let Some(cache) = opened.filter(|_| is_by_page(&parsed, pages)) else { return self.together(version, pages) };
+        let blocks: Vec<u64> = pages.iter().map(|page| page / PAGE).collect();
+        let spans = store.spans(&parsed, &blocks).map_err(|e| failed(version, pages[0], &e))?;
+        let away = spans.into_iter().filter(|span| cache.holds(std::slice::from_ref(&span.place)).1 > 0);
+        Ok(away.map(|span| span.blocks.iter().map(|block| block * PAGE).collect()).collect())
+    }
+
     fn look_again(&self) {
         if let Ok(opened) = self.opened()
             && let Err(error) = opened.store.look_for_packs()

@@ -231,3 +231,69 @@ fn what_makes_no_sense_is_refused_by_name() {
     scene.client.unregister_vm("web").unwrap();
     assert!(scene.client.stats(None).unwrap().streams.is_empty(), "nobody follows it any more");
 }
+
+#[test]
+fn first_reads_of_what_a_disk_stands_on_are_recorded_and_a_plan_is_brought() {
+    use mirror::control::{ForeseeDisk, OfDisk};
+    use mirror::{Below, ExportSource, ExportSpec, OverlaySpec, nbd::NbdClient};
+    use std::os::unix::fs::FileExt as _;
+
+    const DISK: u64 = 0x200;
+    let mirror = Mirror::start();
+    let mut client = mirror.client();
+    let content = bytes(5, LEN);
+    mirror.put_version("v", &content);
+    let below = Below::Version("v".to_owned());
+    let spec = OverlaySpec { id: DISK, vm: "web".to_owned(), size: LEN as u64, block_size: 4096, below };
+    client.add_overlay(spec).unwrap();
+    let socket = mirror.home.join("run/v.sock");
+    let source = ExportSource::Version { version: "v".to_owned(), size: LEN as u64, block_size: 4096 };
+    let (name, description) = ("v".to_owned(), String::new());
+    let export = ExportSpec { name, description, socket: socket.clone(), source, read_only: true, ephemeral: false };
+    client.add_export(export).unwrap();
+    let foresee =
+        |disk: OfDisk, blocks: Vec<u32>, record| ForeseeDisk { disk, version: "v".to_owned(), blocks, record };
+    let (overlay, export) = (OfDisk::Overlay(DISK), OfDisk::Export("v".to_owned()));
+    assert!(client.disk_recording(&overlay, false).is_err(), "nobody wanted it recorded");
+    assert!(client.foresee_disk(foresee(OfDisk::Overlay(DISK + 1), Vec::new(), true)).is_err());
+    for disk in [&overlay, &export] {
+        client.foresee_disk(foresee(disk.clone(), Vec::new(), true)).unwrap();
+    }
+
+    // Whole blocks that are written are nobody's reads; of one written in part the rest is.
+    let file = std::fs::File::options().read(true).write(true).open(mirror::disk_path(&mirror.home, DISK)).unwrap();
+    file.write_all_at(&[1; PAGE], 40 * PAGE as u64).unwrap();
+    file.write_all_at(&[1; 100], 50 * PAGE as u64 + 9).unwrap();
+    file.sync_all().unwrap();
+    std::fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+    let mut buf = vec![0; 2 * PAGE];
+    for page in [30, 39, 30, 60] {
+        file.read_exact_at(&mut buf, (page * PAGE) as u64).unwrap();
+    }
+    let recorded = client.disk_recording(&overlay, true).unwrap();
+    let read: Vec<u32> = recorded.touches.iter().map(|(block, _)| *block).collect();
+    assert!([50, 30, 31, 39, 60, 61].iter().all(|block| read.contains(block)) && !read.contains(&40), "{read:?}");
+    let mut sorted = read.clone();
+    sorted.sort_unstable();
+    sorted.dedup();
+    assert_eq!(sorted.len(), read.len(), "first reads alone");
+    assert!(client.disk_recording(&overlay, true).is_err(), "it was ended");
+
+    let mut nbd = NbdClient::connect(&socket).unwrap();
+    for page in [9, 3, 9] {
+        nbd.read_at((page * PAGE) as u64, &mut buf[..PAGE]).unwrap();
+        assert!(buf[..PAGE] == content[page * PAGE..(page + 1) * PAGE]);
+    }
+    let recorded = client.disk_recording(&export, true).unwrap();
+    assert_eq!(recorded.touches.iter().map(|(block, _)| *block).collect::<Vec<_>>(), [9, 3]);
+
+    let before = client.stats(None).unwrap().others.store_read_bytes;
+    client.foresee_disk(foresee(export, (100..1100).collect(), false)).unwrap();
+    let began = Instant::now();
+    while client.stats(None).unwrap().disk_streams > 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "it never ends");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let brought = client.stats(None).unwrap().others.store_read_bytes - before;
+    assert!(brought >= (1000 * PAGE) as u64, "{brought} bytes were read for a thousand blocks");
+}

@@ -6,10 +6,12 @@
 //! kept under its name when it is no longer served, until it is discarded.
 
 use crate::error::{Error, Result};
+use crate::foresight::disk::{self, Wanted};
 use crate::home::write_atomically;
 use crate::node::{Node, Shared};
 use crate::{image, names, record, snapshots, sweep};
 use api::{NbdExport, NbdRequest, NbdState};
+use mirror::control::OfDisk;
 use mirror::{Below, ExportSource, ExportSpec};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -43,6 +45,8 @@ pub(crate) struct ExportRecord {
 /// What a source text stands for.
 struct Resolved {
     version: Version,
+    /// The head of the image or snapshot that it is a disk of, and the disk's name there.
+    of: Option<(String, String)>,
     /// The scratch disk's, where it is one.
     scratch: Option<ExportRecord>,
 }
@@ -83,14 +87,23 @@ impl Shared {
         Ok(())
     }
 
-    /// Tells the mirror of an export.
-    fn serve_export(&self, record: &ExportRecord) -> Result<()> {
+    /// Tells the mirror of an export, and what is wanted for its readers of the disk named.
+    fn serve_export(self: &Arc<Self>, record: &ExportRecord, ahead: Option<&(Wanted, (String, String))>) -> Result<()> {
         let version = version_of(record)?;
         if let (Some(id), true) = (record.overlay, record.writable) {
             let below = Below::Version(record.version.clone());
             self.mirror.add_overlay(id, &counted_as(&record.name), version.size, version.block_size, below)?;
         }
         let Some(socket) = record.socket.clone() else { return Ok(()) };
+        let look_ahead = || {
+            if let Some((wanted, (of, name))) = ahead {
+                disk::begin(self, of, &[(name.clone(), version, record.in_mirror())], wanted.clone());
+            }
+        };
+        if record.overlay.is_some() {
+            // Before anybody can read.
+            look_ahead();
+        }
         let source = match record.overlay {
             Some(id) => ExportSource::Overlay(id),
             None => ExportSource::Version {
@@ -106,7 +119,23 @@ impl Shared {
             source,
             read_only: !record.writable,
             ephemeral: record.ephemeral,
-        })
+        })?;
+        if record.overlay.is_none() {
+            look_ahead();
+        }
+        Ok(())
+    }
+}
+
+impl ExportRecord {
+    /// What the mirror calls the disk.
+    fn in_mirror(&self) -> OfDisk {
+        self.overlay.map_or_else(|| OfDisk::Export(self.name.clone()), OfDisk::Overlay)
+    }
+
+    /// The disk, where its readers may teach: what only shows somebody's scratch disk leaves that to the disk's own.
+    fn teaching(&self) -> Option<OfDisk> {
+        (self.writable || self.overlay.is_none()).then(|| self.in_mirror())
     }
 }
 
@@ -124,6 +153,9 @@ impl Node {
         if let (Some(kept), false) = (&found.scratch, request.ephemeral) {
             return self.serve_again(kept, request);
         }
+        let wanted = disk::wanted(shared, request.prefetch.as_deref(), None, request.learn)?;
+        // A copy reads everything, once, from one end to the other.
+        let ahead = wanted.filter(|_| !request.ephemeral).zip(found.of);
         let id = shared.home.new_id()?;
         let name = self.export_name(request, id)?;
         if request.writable && request.ephemeral {
@@ -144,7 +176,7 @@ impl Node {
             name,
         };
         self.pin(id, [("disk0".to_owned(), found.version)].into())?;
-        let served = shared.keep_export(&record).and_then(|()| shared.serve_export(&record));
+        let served = shared.keep_export(&record).and_then(|()| shared.serve_export(&record, ahead.as_ref()));
         if let Err(error) = served {
             let _ = shared.forget_export(&record);
             let _ = record.overlay.filter(|_| record.writable).map(|id| shared.mirror.remove(&[id]));
@@ -166,7 +198,7 @@ impl Node {
             return Err(Error::Conflict(format!("{} is served already, at {}", kept.name, socket.display())));
         }
         let record = ExportRecord { socket: Some(self.export_socket(&kept.name, request)?), ..kept.clone() };
-        let served = self.shared.keep_export(&record).and_then(|()| self.shared.serve_export(&record));
+        let served = self.shared.keep_export(&record).and_then(|()| self.shared.serve_export(&record, None));
         if let Err(error) = served {
             self.shared.keep_export(kept)?;
             return Err(error);
@@ -180,15 +212,17 @@ impl Node {
             let record = self.shared.export(name).filter(|e| e.writable).ok_or_else(|| {
                 Error::NotFound(format!("no scratch disk is named {name}; `offshoot nbd ls` lists them"))
             })?;
-            return Ok(Resolved { version: version_of(&record)?, scratch: Some(record) });
+            return Ok(Resolved { version: version_of(&record)?, of: None, scratch: Some(record) });
         }
         if let Some(text) = source.strip_prefix("blob:") {
-            return Ok(Resolved { version: self.blob_version(text)?.version, scratch: None });
+            return Ok(Resolved { version: self.blob_version(text)?.version, of: None, scratch: None });
         }
         if source.contains('@') {
-            return Ok(Resolved { version: snapshots::disk_of(&self.shared, source)?, scratch: None });
+            let (head, disk, version) = snapshots::disk_of(&self.shared, source)?;
+            return Ok(Resolved { version, of: Some((head, disk)), scratch: None });
         }
-        Ok(Resolved { version: image::load(&self.shared.store, source)?.disk(), scratch: None })
+        let of = Some((image::head(source), image::DISK.to_owned()));
+        Ok(Resolved { version: image::load(&self.shared.store, source)?.disk(), of, scratch: None })
     }
 
     fn export_name(&self, request: &NbdRequest, id: u64) -> Result<String> {
@@ -273,6 +307,7 @@ impl Node {
                     "{name} is not served; `offshoot nbd stop {name} --discard` drops what was written to it"
                 )));
             }
+            disk::ended(&self.shared, record.teaching());
             self.shared.mirror.remove_export(name)?;
             if kept {
                 return self.shared.keep_export(&ExportRecord { socket: None, ..record });
@@ -302,6 +337,7 @@ impl Node {
         let _one = self.shared.exporting.lock().expect("no holder panics");
         let records: Vec<_> = self.shared.exports.lock().expect("no holder panics").values().cloned().collect();
         for record in records {
+            disk::ended(&self.shared, record.teaching());
             let ended = self.shared.mirror.remove_export(&record.name).map(drop);
             let noted = if record.writable {
                 self.shared.keep_export(&ExportRecord { socket: None, ..record.clone() })
@@ -337,7 +373,7 @@ pub(crate) fn recover(shared: &Arc<Shared>) -> Result<()> {
             continue;
         }
         shared.exports.lock().expect("no holder panics").insert(record.name.clone(), record.clone());
-        if let Err(error) = shared.serve_export(&record) {
+        if let Err(error) = shared.serve_export(&record, None) {
             log::error!("export {} is not served: {error}", record.name);
         }
     }

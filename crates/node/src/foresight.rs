@@ -4,6 +4,8 @@
 //! the profile does. Several nodes may learn at once: each adds its recording by a swap of the head, and does so again
 //! where another was faster. A profile says which snapshot it is of; where a tag was taken anew, it does not count.
 
+pub(crate) mod disk;
+
 use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::record::SnapshotMeta;

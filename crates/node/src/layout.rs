@@ -7,6 +7,8 @@
 
 use crate::error::{Error, Result};
 use crate::foresight;
+use crate::foresight::disk::{self, Profiles};
+use crate::image;
 use crate::node::{Node, Shared};
 use crate::record::SnapshotMeta;
 use crate::snapshots::snapshot_named;
@@ -23,6 +25,23 @@ const AFTER: [u32; 3] = [1, 3, 8];
 const PAGES_MAX: usize = 1 << 22;
 
 impl Node {
+    /// Lays the blocks of an image that its readers are known to read down in the order in which they do, also where
+    /// their order is good.
+    ///
+    /// # Errors
+    /// As [`Node::arrange_snapshot`].
+    pub fn arrange_image(&self, name: &str, progress: &mut dyn FnMut(&str, u64, u64)) -> Result<SnapshotArranged> {
+        let image = image::load(&self.shared.store, name)?;
+        let profiles = disk::carried(&self.shared.store, &image::head(name))?;
+        let Some(profile) = profiles.get(image::DISK).filter(|profile| !profile.is_empty()) else {
+            return Err(Error::Conflict(format!(
+                "nothing is known of what is read of {name}; boot it, or serve it and read (`offshoot nbd serve {name} --prefetch auto`)"
+            )));
+        };
+        reporting(progress, |tell| arrange_disk(&self.shared, &image.disk(), profile, true, tell))
+            .map(|done| listed(name, &done))
+    }
+
     /// Lays the pages of a snapshot that its offshoots are known to touch down in the order in which they do, also where
     /// their order is good.
     ///
@@ -30,23 +49,30 @@ impl Node {
     /// Where there is no such snapshot, nothing was recorded of it yet, or the store fails or is full: then all is as it
     /// was.
     pub fn arrange_snapshot(&self, name: &str, progress: &mut dyn FnMut(&str, u64, u64)) -> Result<SnapshotArranged> {
-        let (tell, told) = mpsc::channel();
-        std::thread::scope(|scope| {
-            let work = scope.spawn(move || {
-                sys::lowest_priority();
-                let tell = Mutex::new(tell);
-                let tell = move |done, all| {
-                    // Whoever asked may have gone; the work goes on.
-                    let _ = tell.lock().expect("no teller panics").send((done, all));
-                };
-                arrange(&self.shared, name, true, &tell)
-            });
-            for (done, all) in told {
-                progress("arranging", done, all);
-            }
-            work.join().unwrap_or(Err(Error::ShuttingDown))
-        })
+        reporting(progress, |tell| arrange(&self.shared, name, true, tell))
     }
+}
+
+/// Does the work in a thread of the lowest priority, and tells of it meanwhile.
+fn reporting<T: Send>(
+    progress: &mut dyn FnMut(&str, u64, u64),
+    work: impl FnOnce(&(dyn Fn(u64, u64) + Sync)) -> Result<T> + Send,
+) -> Result<T> {
+    let (tell, told) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let work = scope.spawn(move || {
+            sys::lowest_priority();
+            let tell = Mutex::new(tell);
+            work(&move |done, all| {
+                // Whoever asked may have gone; the work goes on.
+                let _ = tell.lock().expect("no teller panics").send((done, all));
+            })
+        });
+        for (done, all) in told {
+            progress("arranging", done, all);
+        }
+        work.join().unwrap_or(Err(Error::ShuttingDown))
+    })
 }
 
 /// A recording was added to the profile of a snapshot.
@@ -68,6 +94,49 @@ pub(crate) fn learnt(shared: &Shared, snapshot: &str, profile: &Profile) {
         // It may have been removed meanwhile; and whatever it is, only speed is lost.
         Err(error) => log::warn!("{snapshot} is not laid down in order: {}", error.whole()),
     }
+}
+
+/// A recording was added to the profile of a disk of what is at the head `of`.
+pub(crate) fn learnt_disk(shared: &Shared, of: &str, disk: &Version, profile: &Profile) {
+    if !AFTER.contains(&profile.recordings()) {
+        return;
+    }
+    sys::lowest_priority();
+    match arrange_disk(shared, disk, profile, false, &|_, _| {}) {
+        Ok(done) if done.moved == 0 => log::info!("{of}: {} blocks lie well as they are", done.blocks),
+        Ok(done) => log::info!(
+            "{of}: {} blocks moved; fetching what is known to be read takes {} in {} requests, {} in {} before",
+            done.moved,
+            base::units::human(done.after.fetched_bytes),
+            done.after.requests,
+            base::units::human(done.before.fetched_bytes),
+            done.before.requests
+        ),
+        Err(error) => log::warn!("{of} is not laid down in order: {}", error.whole()),
+    }
+}
+
+fn arrange_disk(
+    shared: &Shared,
+    disk: &Version,
+    profile: &Profile,
+    always: bool,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<Arranged> {
+    let _one = shared.arranging.lock().expect("no holder panics");
+    let order: Vec<u64> = block_order(profile).into_iter().filter(|block| *block < disk.blocks()).collect();
+    Ok(shared.store.arrange(disk, &order, &ArrangeOptions { always, progress: Some(progress), cancel: None })?)
+}
+
+fn block_order(profile: &Profile) -> Vec<u64> {
+    let mut blocks = profile.block_layout();
+    blocks.truncate(PAGES_MAX);
+    blocks.into_iter().map(u64::from).collect()
+}
+
+/// The orders in which disks are to be laid down elsewhere, by their names.
+pub(crate) fn disk_orders(profiles: &Profiles) -> impl Iterator<Item = (String, Vec<u64>)> {
+    profiles.iter().map(|(disk, profile)| (disk.clone(), block_order(profile)))
 }
 
 fn arrange(

@@ -11,8 +11,8 @@ use base::RamMap;
 use mirror::Holder;
 use mirror::client::Client;
 use mirror::control::{
-    Below, ExportSpec, Foresee, Listing, OverlaySpec, RamPages, RamSource, RamSpec, Recording, Stats, StoreState,
-    ViewChanges, Warmth,
+    Below, ExportSpec, Foresee, ForeseeDisk, Listing, OfDisk, OverlaySpec, RamPages, RamSource, RamSpec, Recording,
+    Stats, StoreState, ViewChanges, Warmth,
 };
 use mirror::{Ask, AskAnswer, FilePlace, Opens};
 use std::os::fd::OwnedFd;
@@ -350,6 +350,22 @@ impl MirrorLink {
     /// As the mirror says.
     pub fn recording(&self, vm: &str, end: bool) -> Result<Recording> {
         self.client().recording(vm, end).map_err(refused)
+    }
+
+    /// Fetches blocks ahead of a disk's readers, records what they read, or both.
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn foresee_disk(&self, spec: ForeseeDisk) -> Result<()> {
+        self.client().foresee_disk(spec).map_err(refused)
+    }
+
+    /// What was read of a disk so far: as [`MirrorLink::recording`].
+    ///
+    /// # Errors
+    /// As the mirror says.
+    pub fn disk_recording(&self, disk: &OfDisk, end: bool) -> Result<Recording> {
+        self.client().disk_recording(disk, end).map_err(refused)
     }
 
     /// Which pages of a VM's RAM were brought.

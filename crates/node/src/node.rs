@@ -6,13 +6,14 @@
 use crate::commit::Committer;
 use crate::error::{Error, Result};
 use crate::exports::ExportRecord;
+use crate::foresight::disk;
 use crate::home::Home;
 use crate::look::Looks;
 use crate::mirror_link::MirrorLink;
 use crate::mirrored::Files;
 use crate::place::Place;
 use crate::record::{self, FreezeRecord, Life, Origin, VmRecord};
-use crate::vm::{self, Source, Starting, Vm};
+use crate::vm::{self, DisksAhead, Source, Starting, Vm};
 use crate::{image, mirrored, names, sweep};
 use api::{ForkReply, ForkRequest, From, Offshoot, RunRequest};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -78,6 +79,8 @@ pub struct Shared {
     pub(crate) looks: Looks,
     /// VMs that are recorded, by name, until somebody takes the recording in.
     pub(crate) learning: Mutex<HashMap<String, crate::foresight::Ahead>>,
+    /// Disks whose reads are being recorded for a profile.
+    pub(crate) lessons: Mutex<HashMap<mirror::control::OfDisk, crate::foresight::disk::Lesson>>,
 }
 
 /// What a name stands for.
@@ -205,6 +208,7 @@ impl Node {
             files: Files::default(),
             looks: Looks::default(),
             learning: Mutex::default(),
+            lessons: Mutex::default(),
         });
         let committer = Committer::start(&shared)?;
         crate::recover::recover(&shared, &committer)?;
@@ -249,11 +253,6 @@ impl Node {
         let reserved = self.reserve(vec![name.clone()])?;
         let _making = self.shared.making.read().expect("no holder panics");
         let vm = match &request.from {
-            From::Image(_) if request.prefetch.is_some() || request.eager.is_some() => {
-                return Err(Error::Invalid(
-                    "--prefetch and --eager go with --from: a cold boot has no RAM to fetch".into(),
-                ));
-            }
             From::Image(image) => {
                 let (record, source) = self.boot_record(&name, image, request, publish)?;
                 self.launch(record, Starting::From(source), since)?.0
@@ -271,6 +270,7 @@ impl Node {
         request: &RunRequest,
         publish: Vec<Publish>,
     ) -> Result<(VmRecord, Source)> {
+        let wanted = disk::wanted(&self.shared, request.prefetch.as_deref(), request.eager, request.learn)?;
         let found = image::load(&self.shared.store, image)?;
         let (kernel, initrd) = image::kernel_files(&self.shared.store, &found, &self.shared.home.path("kernels"))?;
         let disk = found.disk();
@@ -306,7 +306,8 @@ impl Node {
             life: Life::Starting,
         };
         self.pin(record.id, [("disk0".to_owned(), disk)].into())?;
-        Ok((record, Source::Boot(vec![disk.to_string()])))
+        let ahead = wanted.map(|wanted| DisksAhead { of: image::head(image), wanted });
+        Ok((record, Source::Boot { disks: vec![disk.to_string()], ahead }))
     }
 
     /// Keeps versions in the store for as long as the VM exists.

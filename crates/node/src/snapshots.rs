@@ -1,14 +1,14 @@
 //! Snapshots: taking them, listing them, starting from them.
 
 use crate::error::{Error, Result};
+use crate::foresight::disk::{self, Wanted};
 use crate::foresight::{self, Ahead};
 use crate::node::{Node, Shared, Started, new_uuid};
 use crate::record::{self, Life, SnapshotMeta, VmRecord};
-use crate::vm::{Source, Starting};
+use crate::vm::{DisksAhead, Source, Starting};
 use crate::{image, names, sweep, sys};
 use api::RunRequest;
 use base::{RamFileId, RamMap};
-use guest::plan::{Eager, Policy};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -76,6 +76,7 @@ impl Node {
         // What was learnt of it is of no use to anybody else. A crash in between leaves some bytes that the next snapshot
         // of that name takes over.
         self.shared.store.delete_head(&foresight::profile_head(name))?;
+        self.shared.store.delete_head(&disk::profile_head(&snapshot_head(vm, tag)))?;
         sweep::sweep(&self.shared)
     }
 
@@ -129,10 +130,8 @@ impl Node {
                 "the machine of {from} is fixed: leave out --memory, --cpus, --accelerator and --append"
             )));
         }
-        let wanted = foresight::chosen(&self.shared, request.prefetch.as_deref(), request.eager)?;
         // Where nobody asks for it and nothing is far away, a VM is not even watched.
-        let learns = request.learn != Some(false);
-        let wanted = (request.prefetch.is_some() || self.shared.is_shared()).then_some((wanted, learns));
+        let wanted = disk::wanted(&self.shared, request.prefetch.as_deref(), request.eager, request.learn)?;
         let (manifest, meta) = self.snapshot(from)?;
         let mut origin = meta.origin.clone();
         if let Some(files) = image::carried_files(&manifest, &self.shared.home.path("kernels")) {
@@ -183,7 +182,7 @@ impl Node {
         record: &VmRecord,
         from: &str,
         (manifest, meta): (&store::Manifest, SnapshotMeta),
-        wanted: Option<((Policy, Eager), bool)>,
+        wanted: Option<Wanted>,
     ) -> Result<Source> {
         let shared = &self.shared;
         let disks: Vec<store::Version> =
@@ -199,9 +198,9 @@ impl Node {
                 let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied());
                 self.pin(record.id, versions.collect())
             });
-            let ahead = wanted.map(|(wanted, learns)| {
+            let ahead = wanted.clone().map(|Wanted { policy, learns }| {
                 let (meta, map, dir) = (&meta, &frozen_map, &dir);
-                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, wanted).learning(learns))
+                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, policy).learning(learns))
             });
             let meta = self.adopted(manifest, meta.clone())?;
             let map = RamMap::decode(&meta.map).map_err(bad_map)?;
@@ -220,7 +219,9 @@ impl Node {
             let start = crate::lineage::start(&map, RamFileId(meta.id), base::resident::MAPPINGS_MAX * 3 / 4);
             let ahead = ahead.and_then(|ahead| ahead.join().ok());
             let disks = disks.iter().map(ToString::to_string).collect();
-            Ok(Source::Snapshot { ram: meta.id, map: start, device, disks, ahead })
+            let (vm, tag) = split_snapshot(from)?;
+            let disks_ahead = wanted.map(|wanted| DisksAhead { of: snapshot_head(vm, tag), wanted });
+            Ok(Source::Snapshot { ram: meta.id, map: start, device, disks, ahead, disks_ahead })
         })
     }
 
@@ -301,12 +302,14 @@ pub(crate) fn ram_of(name: &str, manifest: &store::Manifest, meta: &SnapshotMeta
     ram.ok_or_else(|| Error::NotFound(format!("{name} has no RAM")))
 }
 
-/// The disk of a snapshot; of several the first.
-pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<store::Version> {
+/// The disk of a snapshot, of several the first: the head, the disk's name there, its version.
+pub(crate) fn disk_of(shared: &Shared, name: &str) -> Result<(String, String, store::Version)> {
+    let (vm, tag) = split_snapshot(name)?;
     let (manifest, meta) = snapshot_named(shared, name)?;
-    let shape = meta.shape;
-    let disk = shape.disks.iter().find_map(|disk| manifest.versions.get(&disk.id).copied());
-    disk.ok_or_else(|| Error::NotFound(format!("the machine of {name} has no disk")))
+    let mut disks = meta.shape.disks.into_iter().map(|disk| disk.id);
+    let disk = disks.find_map(|id| manifest.versions.get(&id).map(|version| (id.clone(), *version)));
+    let (id, version) = disk.ok_or_else(|| Error::NotFound(format!("the machine of {name} has no disk")))?;
+    Ok((snapshot_head(vm, tag), id, version))
 }
 
 fn split_snapshot(name: &str) -> Result<(&str, &str)> {

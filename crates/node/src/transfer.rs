@@ -129,6 +129,7 @@ impl Node {
             store.delete_head(head)?;
             if let Some(snapshot) = head.strip_prefix("snap/") {
                 store.delete_head(&foresight::profile_head(snapshot))?;
+                store.delete_head(&foresight::disk::profile_head(head))?;
             }
         }
         if other.is_some() || self.shared.is_shared() {
@@ -184,12 +185,17 @@ impl Node {
         };
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(8);
         let learnt = learnt(from, head);
-        let order = learnt.as_ref().map(|l| BTreeMap::from([(l.ram.clone(), l.order.clone())]));
+        let disks = foresight::disk::carried(from, head).unwrap_or_else(|error| {
+            log::warn!("what is known of the disks of {name} stays behind: {}", error.whole());
+            foresight::disk::Profiles::new()
+        });
+        let order = learnt.iter().map(|l| (l.ram.clone(), l.order.clone()));
+        let order: BTreeMap<String, Vec<u64>> = order.chain(layout::disk_orders(&disks)).collect();
         let options = Options {
             expect: Expect::Any,
             threads,
             describe: Some(&describe),
-            order: order.unwrap_or_default(),
+            order,
             progress: Some(&step),
             ..Options::default()
         };
@@ -199,6 +205,9 @@ impl Node {
             if let Err(error) = foresight::carry(to, name, id, &learnt.profile) {
                 log::warn!("what is known of {name} stays behind: {}", error.whole());
             }
+        }
+        if let Err(error) = foresight::disk::carry(to, head, &disks) {
+            log::warn!("what is known of the disks of {name} stays behind: {}", error.whole());
         }
         Ok(Moved {
             name: name.to_owned(),

@@ -8,6 +8,7 @@ mod weed;
 mod blobs;
 mod cli;
 mod colors;
+mod deploy;
 mod family;
 mod foresight;
 mod free;

@@ -45,7 +45,7 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
     let refused = |words: &[&str], why: &str| refuses(&host, words, why);
     refused(&["run", "--from", "web@1", "--prefetch", "magic"], "not a prefetch policy");
     refused(&["run", "--from", "web@1", "--eager", "7"], "from 0 to 1");
-    refused(&["run", "debian", "--prefetch", "auto"], "--from");
+    refused(&["run", "debian", "--prefetch", "magic"], "not a prefetch policy");
 
     let (alone, none) = offshoot(&host, "cold", "none")?;
     assert!(none.is_none(), "nothing is fetched ahead: {none:?}");

@@ -23,6 +23,8 @@ pub(crate) const FRAME_RAW_MAX: usize = crate::name::BLOCK_SIZE_MAX as usize;
 
 const _: () = assert!(FRAME_NODES * NODE_BYTES_MAX <= FRAME_RAW_MAX);
 const LEVEL: i32 = 1;
+/// What is laid down for many readers is worth more time, once.
+const LEVEL_TIGHT: i32 = 9;
 
 /// How many blocks of this size make a full frame.
 pub(crate) fn blocks_per_frame(block_size: u32) -> usize {
@@ -70,22 +72,34 @@ pub(crate) struct Encoded {
 
 thread_local! {
     static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    static TIGHT: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
 /// Compresses `raw` where that pays.
 pub(crate) fn encode(kind: Kind, raw: &[u8]) -> io::Result<Encoded> {
-    let small = compress(raw, raw.len() - raw.len() / 8)?;
+    encode_with(&COMPRESSOR, LEVEL, kind, raw)
+}
+
+/// As [`encode`], with more time for fewer bytes; as quick to decompress.
+pub(crate) fn encode_tight(kind: Kind, raw: &[u8]) -> io::Result<Encoded> {
+    encode_with(&TIGHT, LEVEL_TIGHT, kind, raw)
+}
+
+type Kept = std::thread::LocalKey<RefCell<Option<zstd::bulk::Compressor<'static>>>>;
+
+fn encode_with(compressor: &'static Kept, level: i32, kind: Kind, raw: &[u8]) -> io::Result<Encoded> {
+    let small = compress(compressor, level, raw, raw.len() - raw.len() / 8)?;
     let compressed = small.is_some();
     let stored = small.unwrap_or_else(|| raw.to_vec());
     Ok(Encoded { checksum: checksum(&stored), raw: raw.len() as u32, stored, kind, compressed })
 }
 
 /// Compressed `raw`, where that takes at most `limit` bytes.
-fn compress(raw: &[u8], limit: usize) -> io::Result<Option<Vec<u8>>> {
-    COMPRESSOR.with_borrow_mut(|slot| {
+fn compress(compressor: &'static Kept, level: i32, raw: &[u8], limit: usize) -> io::Result<Option<Vec<u8>>> {
+    compressor.with_borrow_mut(|slot| {
         if slot.is_none() {
-            *slot = Some(zstd::bulk::Compressor::new(LEVEL)?);
+            *slot = Some(zstd::bulk::Compressor::new(level)?);
         }
         let compressor = slot.as_mut().expect("set above");
         let mut out = Vec::with_capacity(limit);

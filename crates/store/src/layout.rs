@@ -264,7 +264,7 @@ impl Laying<'_> {
         for gathered in items.chunks(per_frame) {
             let raw: Vec<u8> = gathered.iter().flat_map(|(_, _, item)| item.bytes().iter().copied()).collect();
             let names: Vec<Name> = gathered.iter().map(|(name, ..)| *name).collect();
-            let encoded = frame::encode(kind, &raw).map_err(|error| Error::io("compress", "a frame", error))?;
+            let encoded = frame::encode_tight(kind, &raw).map_err(|error| Error::io("compress", "a frame", error))?;
             let appended = self.tx.append(&encoded, &names)?;
             appended.lay_for(self.tag);
             let moves = gathered.iter().enumerate();

@@ -7,12 +7,14 @@
 
 use crate::catalog::{Location, Pack};
 use crate::commit::in_parallel;
+use crate::engine::cached::Place;
 use crate::error::Error;
 use crate::frame::{Frame, FrameInfo, Kind};
 use crate::name::{Name, Version};
 use crate::read::{Item, ReadStat, frame_hash, node_hash, weigh_node};
 use crate::store::{Mode, Store};
 use crate::tree::Node;
+use base::ByteRange;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,6 +36,8 @@ pub struct Span {
     pub blocks: Vec<u64>,
     /// Bytes of the range of a pack that holds them; 0 for zero blocks, which lie nowhere.
     pub bytes: u64,
+    /// That range.
+    pub place: Place,
 }
 
 /// Frames by pack and number.
@@ -82,8 +86,9 @@ impl Store {
             let mut span_of: HashMap<(u32, u32), usize> = HashMap::new();
             for stretch in self.stretches(frames.collect()) {
                 span_of.extend(stretch.frames.iter().map(|(number, _)| ((stretch.pack.handle, *number), spans.len())));
-                let bytes = stretch.end() - stretch.start();
-                spans.push((usize::MAX, Span { blocks: Vec::new(), bytes }));
+                let range = ByteRange::new(stretch.start(), stretch.end());
+                let place = Place { object: stretch.pack.id.pack_object(), ranges: vec![range] };
+                spans.push((usize::MAX, Span { blocks: Vec::new(), bytes: range.len(), place }));
             }
             // Zero blocks, and what moved this instant.
             let nowhere = spans.len();

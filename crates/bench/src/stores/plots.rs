@@ -27,6 +27,7 @@ pub(super) fn deployments(bench: &Bench<'_>) -> Outcome<Vec<Figure>> {
     // The more common of two ways to copy; `deploy` measures both.
     let systems = [System::Offshoot, System::CopyQcow2, System::QemuNbd];
     let world = World::new(bench, counts.iter().copied().max().unwrap_or(1))?;
+    world.teach()?;
     let mut rounds = Vec::new();
     for round in 0..bench.either(1, 3) {
         println!("round {}", round + 1);

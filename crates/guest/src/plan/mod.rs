@@ -13,6 +13,7 @@
 //! - REAP (Ustiugov et al., ASPLOS 2021): the last recording, in its order; and the pages common to the last two;
 //! - Kaleidoscope (Bryant et al., EuroSys 2011): a fault brings the next pages of its color, in color order.
 
+mod blocks;
 pub(crate) mod leb;
 mod pace;
 mod planner;

@@ -6,6 +6,7 @@
 
 use super::layer::{Hold, Layer, is_direct};
 use super::states::State;
+use crate::foresight::disk::{Reads, blocks_of};
 use crate::resolve::{VersionError, Versions};
 use base::ByteRange;
 use std::io;
@@ -60,6 +61,8 @@ pub(crate) struct Overlay {
     pub(crate) flushing: Mutex<u64>,
     /// Counts changes of the description.
     pub(crate) changed: AtomicU64,
+    /// Which blocks of what it stands on were read.
+    pub(crate) reads: Reads,
 }
 
 /// What a read cost.
@@ -131,6 +134,23 @@ impl Overlay {
             stack: RwLock::new(Arc::new(Stack { top, lower })),
             flushing: Mutex::new(0),
             changed: AtomicU64::new(1),
+            reads: Reads::default(),
+        }
+    }
+
+    /// Notes what a read of these bytes finds below the top, while somebody wants to know.
+    fn note(&self, stack: &Stack, bytes: ByteRange) {
+        if !self.reads.is_on() {
+            return;
+        }
+        let blocks = blocks_of(bytes, self.block_size);
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let (state, end) = stack.top.run(at, blocks.end);
+            if state == State::Absent {
+                self.reads.note(at..end);
+            }
+            at = end;
         }
     }
 
@@ -163,6 +183,7 @@ impl Overlay {
         }
         let stack = self.stack();
         let (size, end) = (self.block_size, offset + buf.len() as u64);
+        self.note(&stack, ByteRange::new(offset, end));
         let blocks = offset / size..end.div_ceil(size);
         if blocks.start * size == offset && blocks.end * size == end {
             read_stack(&stack, size, versions, blocks, buf, &mut tally)?;
@@ -217,6 +238,8 @@ impl Overlay {
     pub(crate) fn read_now(&self, offset: u64, buf: &mut [u8]) -> bool {
         assert!(offset + buf.len() as u64 <= self.size, "read of {} at {offset} of {}", buf.len(), self.size);
         let stack = self.stack();
+        // Where this does not do, it is read again, and noted already.
+        self.note(&stack, ByteRange::at(offset, buf.len() as u64));
         read_now(&stack.top, &stack.lower, self.block_size, offset, buf)
     }
 
@@ -326,6 +349,9 @@ impl Overlay {
             // Nothing is held while the store is asked: it may take long.
             let stack = self.stack();
             let mut whole = vec![0; self.block_size as usize];
+            if self.reads.is_on() {
+                self.reads.note(block..block + 1);
+            }
             read_lower(&stack.lower, self.block_size, versions, block..block + 1, &mut whole, tally, &mut Vec::new())?;
             below = Some((stack.top.clone(), whole));
         }

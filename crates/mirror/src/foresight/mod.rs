@@ -7,6 +7,7 @@
 //!
 //! Nothing of this is kept: a mirror that takes over fetches on demand only.
 
+pub(crate) mod disk;
 mod stream;
 mod touched;
 
@@ -42,6 +43,8 @@ pub(crate) struct Foresight {
     /// Those of VMs whose hypervisors are yet to start.
     early: Mutex<HashMap<String, Arc<Stream>>>,
     members: RwLock<HashMap<String, Arc<Member>>>,
+    /// Those who read disks.
+    pub(crate) disks: disk::Disks,
     /// Rung when there may be something to fetch.
     bell: Arc<Bell>,
     /// Rung when there is somebody new to look at.

@@ -6,6 +6,7 @@
 
 use super::{Parts, inspect as disks};
 use crate::error::{Error, Result};
+use crate::foresight::disk;
 use crate::names;
 use base::{ByteRange, PAGE};
 use rustix::fs::SeekFrom;
@@ -18,7 +19,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use store::{BlockSource, Changes, Expect, Manifest, Store, Transaction, Version};
 
-const DISK: &str = "disk0";
+/// The name of an image's disk.
+pub const DISK: &str = "disk0";
 const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 /// Bytes copied out of the store at a time.
@@ -80,7 +82,9 @@ impl Stored {
     }
 }
 
-fn head(name: &str) -> String {
+/// The head of image `name`.
+#[must_use]
+pub fn head(name: &str) -> String {
     format!("image/{name}")
 }
 
@@ -174,7 +178,12 @@ pub fn inspect(store: &Store, name: &str) -> Result<api::Image> {
 /// There is none of that name, or the store cannot be written.
 pub fn remove(store: &Store, name: &str) -> Result<()> {
     names::check("image", name)?;
-    if store.delete_head(&head(name))? { Ok(()) } else { Err(absent(name)) }
+    if !store.delete_head(&head(name))? {
+        return Err(absent(name));
+    }
+    // As of a snapshot's: what was learnt of it is of no use to anybody else.
+    store.delete_head(&disk::profile_head(&head(name)))?;
+    Ok(())
 }
 
 /// The image's kernel and initial RAM disk as files in `dir`, for a hypervisor to read: named by their content,

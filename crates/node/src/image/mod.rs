@@ -19,7 +19,7 @@ mod scratch;
 mod tool;
 
 pub use build::{BuildOptions, build_default};
-pub use catalog::{Stored, add, carried_files, ensure_file, inspect, kernel_files, list, load, remove};
+pub use catalog::{DISK, Stored, add, carried_files, ensure_file, head, inspect, kernel_files, list, load, remove};
 pub use error::Error;
 pub use import::{ImportOptions, Kind, import};
 

@@ -2,12 +2,12 @@
 
 use super::Frozen;
 use crate::error::{Error, Result};
-use crate::foresight::Ahead;
+use crate::foresight::{self, Ahead};
 use crate::node::Shared;
 use crate::record::{Life, VmRecord};
 use crate::sys;
 use base::{RamFileId, RamMap};
-use mirror::control::Below;
+use mirror::control::{Below, OfDisk};
 use rustix::pipe::PipeFlags;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +22,12 @@ use vmm::qemu::{self, Files, Launch, Qemu, Start};
 #[derive(Clone)]
 pub enum Source {
     /// Its kernel, on disks that stand on these versions.
-    Boot(Vec<String>),
+    Boot {
+        /// Versions of its disks.
+        disks: Vec<String>,
+        /// What is fetched ahead of them.
+        ahead: Option<DisksAhead>,
+    },
     /// Its kernel, on the disks it has already: a reboot.
     Reboot,
     /// A machine that was frozen on this node and is perhaps not yet in the store.
@@ -39,7 +44,17 @@ pub enum Source {
         disks: Vec<String>,
         /// What is fetched ahead.
         ahead: Option<Ahead>,
+        /// What is fetched ahead of its disks.
+        disks_ahead: Option<DisksAhead>,
     },
+}
+
+/// What is fetched ahead of a VM's disks, and learnt of them.
+#[derive(Clone, Debug)]
+pub struct DisksAhead {
+    /// The head of the image or snapshot that they are of.
+    pub(crate) of: String,
+    pub(crate) wanted: foresight::disk::Wanted,
 }
 
 /// What is to become a [`Source`], or none where the freeze failed, or what is needed of a snapshot cannot be had.
@@ -57,7 +72,7 @@ impl Source {
     /// The RAM the VM starts with: its map, and the file that equals it.
     pub(super) fn ram(&self, record: &VmRecord) -> (RamMap, Option<RamFileId>) {
         match self {
-            Self::Boot(_) | Self::Reboot => (RamMap::zero(record.shape.memory_bytes()), None),
+            Self::Boot { .. } | Self::Reboot => (RamMap::zero(record.shape.memory_bytes()), None),
             Self::Frozen(frozen) => (frozen.start_map.clone(), Some(RamFileId(frozen.record.id))),
             Self::Snapshot { ram, map, .. } => (map.clone(), Some(RamFileId(*ram))),
         }
@@ -142,6 +157,7 @@ pub(super) fn launch(
     let files = Files { dir: dir.clone() };
     let mut laps = Laps::new();
     add_overlays(shared, record, source)?;
+    look_ahead_of_disks(shared, record, source);
     laps.lap("disks");
     let (map, _) = source.ram(record);
     crate::home::write_atomically(&map_file(&dir), map.encode().as_bytes(), false)?;
@@ -154,13 +170,13 @@ pub(super) fn launch(
         known.extend(map.files().into_keys().filter_map(|id| File::open(shared.home.ram_file(id.0)).ok()));
         let _ = shared.mirror.foresee(ahead.spec(&record.name, &map, None));
     }
-    if matches!(source, Source::Boot(_) | Source::Reboot) {
+    if matches!(source, Source::Boot { .. } | Source::Reboot) {
         for file in [Some(&record.origin.kernel), record.origin.initrd.as_ref()].into_iter().flatten() {
             crate::image::ensure_file(&shared.store, file)?;
         }
     }
     let start = match source {
-        Source::Boot(_) | Source::Reboot => Start::Boot {
+        Source::Boot { .. } | Source::Reboot => Start::Boot {
             kernel: &record.origin.kernel,
             initrd: record.origin.initrd.as_deref(),
             cmdline: &record.origin.cmdline,
@@ -183,7 +199,7 @@ pub(super) fn launch(
     let device = match source {
         Source::Frozen(frozen) => Some(&frozen.device),
         Source::Snapshot { device, .. } => Some(device),
-        Source::Boot(_) | Source::Reboot => None,
+        Source::Boot { .. } | Source::Reboot => None,
     };
     if let Some(device) = device {
         let state = File::open(device).map_err(Error::io("open", device))?;
@@ -224,6 +240,19 @@ fn look_ahead(shared: &Arc<Shared>, record: &VmRecord, ahead: &Ahead, map: &RamM
     }
 }
 
+/// Has blocks fetched ahead, and what is read recorded, before anything reads.
+fn look_ahead_of_disks(shared: &Arc<Shared>, record: &VmRecord, source: &Source) {
+    let (Source::Boot { disks, ahead: Some(ahead) } | Source::Snapshot { disks, disks_ahead: Some(ahead), .. }) =
+        source
+    else {
+        return;
+    };
+    let named = record.shape.disks.iter().zip(disks).zip(&record.overlays);
+    let named =
+        named.filter_map(|((disk, version), &id)| Some((disk.id.clone(), version.parse().ok()?, OfDisk::Overlay(id))));
+    foresight::disk::begin(shared, &ahead.of, &named.collect::<Vec<_>>(), ahead.wanted.clone());
+}
+
 /// How long each part of a launch took, for the log.
 struct Laps(String, std::time::Instant);
 
@@ -242,7 +271,7 @@ impl Laps {
 fn add_overlays(shared: &Arc<Shared>, record: &VmRecord, source: &Source) -> Result<()> {
     let below: Vec<Below> = match source {
         Source::Reboot => return Ok(()),
-        Source::Boot(versions) | Source::Snapshot { disks: versions, .. } => {
+        Source::Boot { disks: versions, .. } | Source::Snapshot { disks: versions, .. } => {
             versions.iter().map(|v| Below::Version(v.clone())).collect()
         }
         Source::Frozen(frozen) => frozen.record.views.iter().map(|&view| Below::View(view)).collect(),

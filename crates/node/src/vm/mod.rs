@@ -11,7 +11,7 @@ mod freeze;
 mod launch;
 mod owner;
 
-pub use launch::{Coming, Source, Starting};
+pub use launch::{Coming, DisksAhead, Source, Starting};
 pub use owner::adopt;
 pub use owner::{keep_stopped, start};
 

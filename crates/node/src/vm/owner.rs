@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::node::Shared;
 use crate::record::{Life, VmRecord};
 use base::{RamFileId, RamMap};
+use mirror::control::OfDisk;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -376,6 +377,7 @@ impl Owner {
         (self.qemu, self.halted) = (None, None);
         self.vm.update(|v| v.paused = None);
         crate::foresight::ended(&self.shared, &self.record.name);
+        crate::foresight::disk::ended(&self.shared, self.record.overlays.iter().map(|&id| OfDisk::Overlay(id)));
         let _ = self.shared.mirror.unregister_vm(&self.record.name);
         if let Life::Running { passt, .. } = self.record.life {
             passt.end(Duration::from_millis(200));

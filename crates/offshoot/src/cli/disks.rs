@@ -12,13 +12,15 @@ pub(super) use crate::export::Format;
 /// Does what an NBD command says.
 pub(super) fn nbd(client: &Client, command: &NbdCommand) -> Outcome {
     match command {
-        NbdCommand::Serve { source, writable, name, socket, json } => {
+        NbdCommand::Serve { source, writable, name, socket, prefetch, no_learn, json } => {
             let request = NbdRequest {
                 source: source.clone(),
                 name: name.clone(),
                 writable: *writable,
                 socket: socket.as_deref().map(absolute).transpose()?,
                 ephemeral: false,
+                prefetch: prefetch.clone(),
+                learn: no_learn.then_some(false),
             };
             let served: NbdExport = client.post("/v1/nbd", &request)?;
             if *json {
@@ -69,8 +71,15 @@ pub(super) fn export(client: &Client, args: &ExportArgs) -> Outcome {
     if stream && std::io::stdout().is_terminal() {
         return Err("the standard output is a terminal; send it to a file or a program".into());
     }
-    let request =
-        NbdRequest { source: args.source.clone(), name: None, writable: false, socket: None, ephemeral: true };
+    let request = NbdRequest {
+        source: args.source.clone(),
+        name: None,
+        writable: false,
+        socket: None,
+        ephemeral: true,
+        prefetch: None,
+        learn: None,
+    };
     let served: NbdExport = client.post("/v1/nbd", &request)?;
     let socket = served.socket.unwrap_or_default();
     let mut show = output::Show::new();

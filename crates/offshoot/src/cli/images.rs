@@ -43,6 +43,9 @@ pub(super) fn image(client: &Client, command: &ImageCommand) -> Outcome {
             output::json(&image);
             Ok(())
         }
+        ImageCommand::Arrange { name, json } => {
+            super::vms::arrange(client, &format!("/v1/images/{name}/arrange"), "blocks that are read", *json)
+        }
         ImageCommand::Rm { names } => {
             for name in names {
                 client.delete::<serde_json::Value>(&format!("/v1/images/{name}"))?;

@@ -208,13 +208,13 @@ struct RunArgs {
     append: Option<String>,
     /// What to fetch ahead of the guest: auto, none, all, replay, intersect, readahead:N, twinkle:N,P or
     /// color:EXECUTABLE,DATA [default: auto from a shared store, none from one on this disk]
-    #[arg(long, requires = "from")]
+    #[arg(long)]
     prefetch: Option<String>,
     /// How much to fetch ahead, from 0 (as little as possible) to 1 (a full copy) [default: 0.5]
-    #[arg(long, requires = "from")]
+    #[arg(long)]
     eager: Option<f32>,
-    /// Do not add what it touches to the snapshot's access profile
-    #[arg(long, requires = "from")]
+    /// Do not add what it touches to the access profiles of the snapshot or image
+    #[arg(long)]
     no_learn: bool,
     /// Print JSON
     #[arg(long)]
@@ -331,6 +331,15 @@ enum ImageCommand {
     Inspect {
         /// Name of the image
         name: String,
+    },
+    /// Lay what is read of an image as it boots down in that order in the store, as a node does by itself behind the
+    /// first readers
+    Arrange {
+        /// Name of the image
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Remove images; VMs booted from them run on
     Rm {
@@ -573,6 +582,13 @@ enum NbdCommand {
         /// Path of the socket [default: in the home]
         #[arg(long)]
         socket: Option<PathBuf>,
+        /// What to fetch ahead of the disk's readers: auto, which is what earlier ones of the image or snapshot read, or
+        /// none [default: auto from a shared store, none from one on this disk]
+        #[arg(long)]
+        prefetch: Option<String>,
+        /// Do not add what is read to the access profile of the image or snapshot
+        #[arg(long)]
+        no_learn: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,

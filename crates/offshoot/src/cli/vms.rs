@@ -102,10 +102,14 @@ pub(super) fn snapshots(client: &Client, json: bool) -> Outcome {
 
 /// Lays a snapshot down in order.
 pub(super) fn arrange_snapshot(client: &Client, name: &str, json: bool) -> Outcome {
+    arrange(client, &format!("/v1/snapshots/{name}/arrange"), "pages that offshoots touch", json)
+}
+
+/// Lays something down in the order of what is touched of it.
+pub(super) fn arrange(client: &Client, path: &str, what: &str, json: bool) -> Outcome {
     let mut show = output::Show::new();
     let nothing = serde_json::json!({});
-    let done: SnapshotArranged =
-        client.post_long(&format!("/v1/snapshots/{name}/arrange"), &nothing, |p| show.update(p))?;
+    let done: SnapshotArranged = client.post_long(path, &nothing, |p| show.update(p))?;
     drop(show);
     if json {
         output::json(&done);
@@ -113,13 +117,7 @@ pub(super) fn arrange_snapshot(client: &Client, name: &str, json: bool) -> Outco
     }
     println!("{}", done.name);
     let cost = |c: &FetchCost| format!("{} in {} requests", human(c.fetched_bytes), c.requests);
-    eprintln!(
-        "{}: {} pages that offshoots touch, {} moved, {} written",
-        name,
-        done.pages,
-        done.moved,
-        human(done.written_bytes)
-    );
+    eprintln!("{}: {} {what}, {} moved, {} written", done.name, done.pages, done.moved, human(done.written_bytes));
     eprintln!("fetching them from afar takes {}; it took {}", cost(&done.after), cost(&done.before));
     Ok(())
 }

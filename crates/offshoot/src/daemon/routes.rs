@@ -40,6 +40,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/snapshots", get(snapshots))
         .route("/v1/snapshots/{name}", axum::routing::delete(remove_snapshot))
         .route("/v1/snapshots/{name}/arrange", post(arrange_snapshot))
+        .route("/v1/images/{name}/arrange", post(arrange_image))
         .route("/v1/images", get(images))
         .route("/v1/images/build", post(build_image))
         .route("/v1/images/import", post(import_image))
@@ -188,6 +189,12 @@ async fn remove_snapshot(State(daemon): Shared, Path(name): Path<String>) -> Ans
 async fn arrange_snapshot(State(daemon): Shared, Path(name): Path<String>) -> Response {
     respond(move |reporter| {
         daemon.node.arrange_snapshot(&name, &mut |step, done, total| reporter.report(step, done, total))
+    })
+}
+
+async fn arrange_image(State(daemon): Shared, Path(name): Path<String>) -> Response {
+    respond(move |reporter| {
+        daemon.node.arrange_image(&name, &mut |step, done, total| reporter.report(step, done, total))
     })
 }
 

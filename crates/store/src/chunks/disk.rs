@@ -190,18 +190,23 @@ impl Disk {
         Ok(())
     }
 
-    /// Fills a slot with the first `len` of `bytes`, which are aligned, zeros after the content.
+    /// Fills the slots from `slot` on with the first `len` of `bytes`, which are aligned, zeros after the content: chunks
+    /// side by side from `key` on, in one go.
     pub(crate) fn write(&self, slot: u32, key: Key, pack_size: u64, bytes: &[u8], len: usize) -> io::Result<()> {
-        let mut pieces = [0; PIECES];
-        for (piece, part) in pieces.iter_mut().zip(bytes[..len].chunks(self.chunk / PIECES)) {
-            *piece = checksum(part);
-        }
         let padded = &bytes[..len.next_multiple_of(ALIGN)];
         let offset = u64::from(slot) * self.chunk as u64;
         self.transfer(|file| file.write_all_at(padded, offset))?;
         self.drop_pages(offset, padded.len());
-        let record = Record { key, len: len as u32, pack_size, pieces };
-        self.map.write_all_at(&record.encode(), (u64::from(slot) + 1) * RECORD as u64)
+        let mut records = Vec::with_capacity(len.div_ceil(self.chunk) * RECORD);
+        for (number, content) in (key.number..).zip(bytes[..len].chunks(self.chunk)) {
+            let mut pieces = [0; PIECES];
+            for (piece, part) in pieces.iter_mut().zip(content.chunks(self.chunk / PIECES)) {
+                *piece = checksum(part);
+            }
+            let record = Record { key: Key { number, ..key }, len: content.len() as u32, pack_size, pieces };
+            records.extend(record.encode());
+        }
+        self.map.write_all_at(&records, (u64::from(slot) + 1) * RECORD as u64)
     }
 
     /// Fills `out` with the bytes of a chunk from `offset`; whether the slot holds them. An error of the disk is

@@ -109,6 +109,12 @@ impl Index {
         self.evict()
     }
 
+    /// Reserves this very slot, where it is the next new one and nothing has to go for it; whether it did.
+    pub(crate) fn reserve_next(&mut self, slot: u32) -> bool {
+        let is_next = self.used < self.limit && self.free.is_empty() && self.slots.len() == slot as usize;
+        is_next && self.reserve() == Some(slot)
+    }
+
     /// Takes out what has to go; the slot still counts as used.
     fn evict(&mut self) -> Option<u32> {
         let Self { policy, slots, packs, .. } = self;

@@ -11,7 +11,10 @@ use std::process::Child;
 /// One of those measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::stores) enum System {
-    /// `offshoot nbd serve` on a node that runs from the shared store, nothing cached.
+    /// `offshoot nbd serve` on a node that runs from the shared store, nothing cached, of an image that was never
+    /// deployed before; nor is anything learnt from it.
+    OffshootFirst,
+    /// The same of an image that was deployed before.
     Offshoot,
     /// The whole image first, as a qcow2 file compressed by zstd, then `qemu-nbd` on it.
     CopyQcow2,
@@ -22,11 +25,13 @@ pub(in crate::stores) enum System {
 }
 
 impl System {
+    /// All but what can only be measured before the image was deployed once.
     pub(in crate::stores) const ALL: [Self; 4] = [Self::Offshoot, Self::CopyQcow2, Self::CopyRaw, Self::QemuNbd];
 
     /// Its name in plots and lists.
     pub(in crate::stores) fn name(self) -> &'static str {
         match self {
+            Self::OffshootFirst => "offshoot, first",
             Self::Offshoot => "offshoot",
             Self::CopyQcow2 => "full copy (qcow2, zstd)",
             Self::CopyRaw => "full copy (raw, zstd)",
@@ -62,16 +67,21 @@ impl Drop for Served {
 impl Node<'_> {
     /// What is there before anybody asks for the image: the node's services.
     pub(super) fn prepare(&self, system: System) -> Outcome {
-        if system == System::Offshoot { self.offshoot(&["nbd", "ls"]).map(drop) } else { Ok(()) }
+        match system {
+            System::OffshootFirst | System::Offshoot => self.offshoot(&["nbd", "ls"]).map(drop),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the image's disk appear.
     pub(super) fn deploy(&self, system: System) -> Outcome<Served> {
         let socket = self.dir.join("disk.sock");
         match system {
-            System::Offshoot => {
+            System::OffshootFirst | System::Offshoot => {
                 let path = socket.to_string_lossy();
-                self.offshoot(&["nbd", "serve", IMAGE, "--writable", "--name", IMAGE, "--socket", &path])?;
+                let mut words = vec!["nbd", "serve", IMAGE, "--writable", "--name", IMAGE, "--socket", &path];
+                words.extend((system == System::OffshootFirst).then_some("--no-learn"));
+                self.offshoot(&words)?;
                 Ok(Served { socket, child: None })
             }
             System::CopyQcow2 => {
@@ -110,7 +120,7 @@ impl Node<'_> {
         Ok(served)
     }
 
-    fn offshoot(&self, words: &[&str]) -> Outcome<String> {
+    pub(super) fn offshoot(&self, words: &[&str]) -> Outcome<String> {
         let mut command = self.network.command(self.place, self.program);
         finish(server::shared_store(command.arg("--home").arg(self.dir.join("home")).args(words)))
     }

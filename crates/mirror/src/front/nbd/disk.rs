@@ -2,6 +2,7 @@
 
 use crate::core::Core;
 use crate::disk::{DiskError, Extent, Layer, Overlay, of_version};
+use crate::foresight::disk::{Reads, blocks_of};
 use crate::objects::ObjectError;
 use crate::stats::add;
 use base::ByteRange;
@@ -14,7 +15,7 @@ pub(crate) enum Disk {
     /// A disk that may be written.
     Overlay(Arc<Overlay>),
     /// A version. Nothing of it is kept here: the store has a cache of its own.
-    Version { version: Arc<str>, size: u64, block_size: u64 },
+    Version { version: Arc<str>, size: u64, block_size: u64, reads: Reads },
 }
 
 impl Disk {
@@ -82,7 +83,10 @@ impl Disk {
                 add(&counters.store_read_bytes, tally.store_bytes);
                 counters.disk_read_latency.add(began.elapsed());
             }
-            Self::Version { version, .. } => {
+            Self::Version { version, block_size, reads, .. } => {
+                if reads.is_on() {
+                    reads.note(blocks_of(ByteRange::at(offset, buf.len() as u64), *block_size));
+                }
                 let stored = core.ask_again(|| versions.read_at(version, offset, buf).map_err(Into::into))?;
                 add(&core.vms.others.store_read_bytes, stored);
             }

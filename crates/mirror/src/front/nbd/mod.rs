@@ -14,6 +14,7 @@ pub(crate) mod wire;
 
 use crate::control::{ExportEntry, ExportSource, ExportSpec};
 use crate::core::Core;
+use crate::foresight::disk::Reads;
 use crate::front::buffer::Pool;
 use crate::home::{Home, read_json, remove_if_there, replace_json};
 use connection::Connection;
@@ -184,7 +185,8 @@ impl Exports {
                 if !spec.read_only {
                     return Err("a version cannot be written; export an overlay over it".to_owned());
                 }
-                Disk::Version { version: version.as_str().into(), size: *size, block_size: *block_size }
+                let version = version.as_str().into();
+                Disk::Version { version, size: *size, block_size: *block_size, reads: Reads::default() }
             }
         };
         let listener = bind(&spec.socket).map_err(|e| format!("{}: {e}", spec.socket.display()))?;
@@ -236,6 +238,20 @@ impl Exports {
     /// The export that serves an overlay.
     pub(crate) fn of_overlay(&self, id: u64) -> Option<String> {
         self.all().iter().find(|e| e.disk.overlay() == Some(id)).map(|e| e.spec.name.clone())
+    }
+
+    /// Looks at what was read of a version that is served, and how many blocks it has.
+    pub(crate) fn reads_of<T>(
+        &self,
+        name: &str,
+        see: impl FnOnce(&Reads, u64) -> Result<T, String>,
+    ) -> Result<T, String> {
+        let export = self.map.lock().expect("no holder panics").get(name).cloned();
+        match export.as_ref().map(|export| &export.disk) {
+            Some(Disk::Version { size, block_size, reads, .. }) => see(reads, size.div_ceil(*block_size)),
+            Some(Disk::Overlay(overlay)) => see(&overlay.reads, overlay.size.div_ceil(overlay.block_size)),
+            None => Err(format!("there is no export {name}")),
+        }
     }
 
     /// Whether there may be another worker, who then counts.

@@ -196,10 +196,7 @@ impl OpenPack {
         }
         let fetched = Arc::new(Fetched { first: duty.numbers.start, buf, len });
         duty.flight.land(Ok(Arc::clone(&fetched)));
-        for (number, at) in duty.numbers.clone().zip((0..len).step_by(self.shared.chunk)) {
-            let len = (len - at).min(self.shared.chunk);
-            self.shared.keep(Key { pack: self.id, number }, size, &fetched.buf.bytes()[at..], len);
-        }
+        self.shared.keep(Key { pack: self.id, number: duty.numbers.start }, size, fetched.buf.bytes(), len);
         Ok(fetched)
     }
 
@@ -369,34 +366,56 @@ impl Shared {
         out
     }
 
-    /// Keeps a chunk that was fetched, where the disk takes it.
+    /// Keeps a run of chunks from `key` on that was fetched, where the disk takes it: those that get slots side by side
+    /// with one write.
     fn keep(&self, key: Key, pack_size: u64, bytes: &[u8], len: usize) {
-        let reserved = {
+        let chunks = len.div_ceil(self.chunk) as u32;
+        let mut done = 0;
+        while done < chunks {
+            let Some((slot, slots)) = self.reserve(chunks - done) else {
+                count(&self.counters.uncached, (chunks - done).into());
+                return;
+            };
+            let from = done as usize * self.chunk;
+            let part = (len - from).min(slots as usize * self.chunk);
+            let key = Key { number: key.number + done as u16, ..key };
+            self.keep_in(slot..slot + slots, key, pack_size, &bytes[from..], part);
+            done += slots;
+        }
+    }
+
+    /// Slots side by side for up to so many chunks: the first, and how many. Where the cache is full they are single ones:
+    /// what goes lies anywhere.
+    fn reserve(&self, most: u32) -> Option<(u32, u32)> {
+        let mut state = self.state();
+        if state.index.room().1 < state.wanted && state.since_full >= FULL_TRY_AFTER {
+            state.since_full = 0;
+            let more = (state.index.room().1 + FULL_TRY_MORE).min(state.wanted);
+            // More room is never refused.
+            let _ = state.index.set_limit(more);
+        }
+        let first = state.index.reserve();
+        let mut slots = 1;
+        while first.is_some_and(|first| slots < most && state.index.reserve_next(first + slots)) {
+            slots += 1;
+        }
+        state.since_full += u64::from(if first.is_some() { slots } else { most });
+        Some((first?, slots))
+    }
+
+    fn keep_in(&self, slots: Range<u32>, key: Key, pack_size: u64, bytes: &[u8], len: usize) {
+        let written = self.disk.write(slots.start, key, pack_size, bytes, len);
+        if written.is_ok() {
             let mut state = self.state();
-            if state.index.room().1 < state.wanted {
-                state.since_full += 1;
-                if state.since_full.is_multiple_of(FULL_TRY_AFTER) {
-                    let more = (state.index.room().1 + FULL_TRY_MORE).min(state.wanted);
-                    // More room is never refused.
-                    let _ = state.index.set_limit(more);
-                }
+            for (slot, number) in slots.zip(key.number..) {
+                state.index.publish(slot, Key { number, ..key }, pack_size);
             }
-            state.index.reserve()
-        };
-        let Some(slot) = reserved else {
-            count(&self.counters.uncached, 1);
-            return;
-        };
-        let written = self.disk.write(slot, key, pack_size, bytes, len);
-        let kept = written.is_ok();
-        if kept {
-            self.state().index.publish(slot, key, pack_size);
         } else {
-            count(&self.counters.uncached, 1);
+            count(&self.counters.uncached, slots.len() as u64);
             // Its own error would only repeat the one that is to be told.
-            let _ = self.disk.clear(slot);
+            slots.clone().for_each(|slot| _ = self.disk.clear(slot));
             let mut state = self.state();
-            state.index.give_back(slot);
+            slots.for_each(|slot| state.index.give_back(slot));
             // Slots that have their space on the disk are used again from now on, and no new ones.
             let (used, limit) = state.index.room();
             let least = state.index.pinned().min(limit);
