@@ -110,7 +110,10 @@ impl Disks {
     /// Begins to fetch for a disk, to record it, or both.
     pub(crate) fn begin(&self, core: &Arc<Core>, spec: &ForeseeDisk) -> Result<(), String> {
         if spec.record {
-            reads_of(core, &spec.disk, |reads, blocks| Ok(reads.begin(blocks)))?;
+            reads_of(core, &spec.disk, |reads, blocks| {
+                reads.begin(blocks);
+                Ok(())
+            })?;
         }
         if spec.blocks.is_empty() {
             return Ok(());

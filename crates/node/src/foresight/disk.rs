@@ -206,7 +206,7 @@ pub(crate) fn profiles_in(store: &Store, of: &str, versions: &BTreeMap<String, V
     let known: BTreeMap<String, Version> = serde_json::from_str(&manifest.meta).unwrap_or_default();
     let mut out = Profiles::new();
     for (disk, version) in &manifest.versions {
-        if !known.get(disk).is_some_and(|of| versions.get(disk) == Some(of)) {
+        if known.get(disk).is_none_or(|of| versions.get(disk) != Some(of)) {
             continue;
         }
         match Profile::decode(&store.read_whole(version)?) {
