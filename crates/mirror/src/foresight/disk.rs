@@ -89,7 +89,7 @@ impl Reads {
             false => Vec::new(),
             true => {
                 self.on.store(false, Ordering::Release);
-                kept.take().map_or_else(Vec::new, |noted| noted.touches)
+                kept.take().filter(|_| !full).map_or_else(Vec::new, |noted| noted.touches)
             }
         };
         Ok(Recording { touches, settled_ms, seen_ms })
