@@ -199,6 +199,14 @@ impl Client {
         self.call(&Request::Prefetch { object, ranges, vm: vm.map(str::to_owned) })
     }
 
+    /// Begins to read what a VM of this RAM and these disks, in the store, needs first.
+    ///
+    /// # Errors
+    /// The mirror is gone.
+    pub fn approach(&mut self, ram: &str, disks: Vec<String>) -> Answer<()> {
+        self.call(&Request::Approach { ram: ram.to_owned(), disks })
+    }
+
     /// Fetches RAM ahead of a registered VM, records what it touches, or both.
     ///
     /// # Errors

@@ -226,6 +226,8 @@ pub enum Request {
         #[serde(default)]
         vm: Option<String>,
     },
+    /// Begins to read what a VM of these versions needs first: where blocks lie, and the first of each disk.
+    Approach { ram: String, disks: Vec<String> },
     /// Fetches RAM ahead of a VM that is registered, records what it touches, or both.
     Foresee(Foresee),
     /// Whether a VM's working set has settled; with `end`, also what it touched, and nothing more is recorded.

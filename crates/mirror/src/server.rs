@@ -3,6 +3,7 @@
 use crate::control::{Hello, Queued, Removed, Reply, Request};
 use crate::core::Core;
 use crate::home::{Home, read_json_or_default, replace_json};
+use crate::resolve::{VersionError, Versions};
 use base::ByteRange;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::Serialize;
@@ -139,6 +140,14 @@ impl Server {
             }
             Request::Stats { vm } => send(stream, &Reply::Ok(core.stats(vm.as_deref()))),
             Request::Prefetch { object, ranges, vm } => send(stream, &reply(self.prefetch(object, &ranges, vm))),
+            Request::Approach { ram, disks } => {
+                // One path, and much of what lies beside it where the version was laid down in order.
+                self.read_ahead(move |versions| versions.together(&ram, &[0]).map(drop));
+                for disk in disks {
+                    self.read_ahead(move |versions| versions.read_pages(&disk, &[0], &mut |_, _| {}).map(drop));
+                }
+                send(stream, &Reply::Ok(()))
+            }
             Request::Foresee(spec) => send(stream, &reply(core.foresight.begin(core, &spec))),
             Request::Recording { vm, end } => send(stream, &reply(core.foresight.recording(&vm, end))),
             Request::ForeseeDisk(spec) => send(stream, &reply(core.foresight.disks.begin(&self.core, &spec))),
@@ -172,6 +181,18 @@ impl Server {
         let (report, gone) = self.core.objects.remove(ids).map_err(|e| e.to_string())?;
         self.core.withdraw(&gone);
         Ok(report)
+    }
+
+    fn read_ahead(&self, read: impl FnOnce(&dyn Versions) -> Result<(), VersionError> + Send + 'static) {
+        let core = self.core.clone();
+        let spawned = std::thread::Builder::new().name("mirror-approach".to_owned()).spawn(move || {
+            if let Err(e) = read(core.objects.versions()) {
+                log::debug!("reading before anybody wants it: {e}");
+            }
+        });
+        if let Err(e) = spawned {
+            log::debug!("reading before anybody wants it: {e}");
+        }
     }
 
     fn prefetch(&self, object: u64, ranges: &[(u64, u64)], vm: Option<String>) -> Result<Queued, String> {

@@ -15,6 +15,7 @@ use guest::plan::{Eager, Policy, Profile, Space, Template, Touch, traits};
 use mirror::control::Foresee;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 use store::{Expect, Manifest, Store};
 
@@ -49,15 +50,22 @@ impl Ahead {
     pub(crate) fn prepare(
         shared: &Shared,
         (snapshot, manifest, meta): (&str, &Manifest, &SnapshotMeta),
-        map: &RamMap,
+        (map, known): (&RamMap, Known),
         dir: &Path,
         (policy, eager): (Policy, Eager),
     ) -> Self {
         let name = snapshot.to_owned();
         let ahead = Self { policy, eager, snapshot: name, id: meta.id, template: None, record: false, learns: true };
-        // Whatever fails here costs speed and nothing else.
-        let profile = match profile_of(shared, snapshot, meta.id) {
-            Ok((profile, _)) => profile,
+        // Whatever fails here costs speed and nothing else. Beside the profile, which comes meanwhile:
+        let coloring = match ahead.policy {
+            Policy::None => None,
+            _ => crate::colors::of_manifest(shared, snapshot, manifest).unwrap_or_else(|error| {
+                log::warn!("the colors of {snapshot}: {}", error.whole());
+                None
+            }),
+        };
+        let profile = match known.join().unwrap_or(Err(Error::ShuttingDown)) {
+            Ok(kept) => of_snapshot(kept, snapshot, meta.id).0,
             Err(error) => {
                 log::warn!("the access profile of {snapshot}: {}", error.whole());
                 return ahead;
@@ -67,10 +75,6 @@ impl Ahead {
         if ahead.policy == Policy::None {
             return Self { record, ..ahead };
         }
-        let coloring = crate::colors::of_manifest(shared, snapshot, manifest).unwrap_or_else(|error| {
-            log::warn!("the colors of {snapshot}: {}", error.whole());
-            None
-        });
         let path = dir.join("template");
         match crate::home::write_atomically(&path, &template(map, profile, coloring.as_ref()).encode(), false) {
             Ok(()) => Self { template: Some(path), record, ..ahead },
@@ -221,20 +225,42 @@ pub(crate) fn profile_of(shared: &Shared, snapshot: &str, id: u64) -> Result<(Pr
 }
 
 fn profile_in(store: &Store, snapshot: &str, id: u64) -> Result<(Profile, Expect)> {
-    let Some((manifest, etag)) = store.head(&profile_head(snapshot))? else {
-        return Ok((Profile::default(), Expect::Absent));
-    };
-    let none = (Profile::default(), Expect::Etag(etag.clone()));
-    let Some(version) = manifest.versions.get("profile").filter(|_| manifest.meta == format!("{id:016x}")) else {
-        return Ok(none);
-    };
-    match Profile::decode(&store.read_whole(version)?) {
-        Ok(profile) => Ok((profile, Expect::Etag(etag))),
-        Err(error) => {
-            log::warn!("{snapshot}: {error}; it is learnt anew");
-            Ok(none)
-        }
-    }
+    Ok(of_snapshot(kept_in(store, snapshot)?, snapshot, id))
+}
+
+/// What is being read at the head of a snapshot's profile.
+pub(crate) type Known = JoinHandle<Result<Option<Kept>>>;
+
+/// What lies at the head of a snapshot's profile.
+pub(crate) struct Kept {
+    /// The id of the snapshot that it is of: the name may be another's by now.
+    of: String,
+    encoded: Option<Vec<u8>>,
+    etag: store::Etag,
+}
+
+/// Begins to read what is known of a snapshot, before anything but its name is.
+pub(crate) fn begin_to_know(shared: &Arc<Shared>, snapshot: &str) -> Result<Known> {
+    let (shared, name) = (shared.clone(), snapshot.to_owned());
+    let read = move || kept_in(&shared.store, &name);
+    std::thread::Builder::new().name("vm-profile".into()).spawn(read).map_err(Error::io("start a thread for", snapshot))
+}
+
+fn kept_in(store: &Store, snapshot: &str) -> Result<Option<Kept>> {
+    let Some((manifest, etag)) = store.head(&profile_head(snapshot))? else { return Ok(None) };
+    let encoded = manifest.versions.get("profile").map(|version| store.read_whole(version)).transpose()?;
+    Ok(Some(Kept { of: manifest.meta, encoded, etag }))
+}
+
+/// The profile of the snapshot that has this id, empty where there is none, and how its head is to be swapped.
+fn of_snapshot(kept: Option<Kept>, snapshot: &str, id: u64) -> (Profile, Expect) {
+    let Some(Kept { of, encoded, etag }) = kept else { return (Profile::default(), Expect::Absent) };
+    let encoded = encoded.filter(|_| of == format!("{id:016x}"));
+    let profile = encoded.map(|bytes| Profile::decode(&bytes)).transpose().unwrap_or_else(|error| {
+        log::warn!("{snapshot}: {error}; it is learnt anew");
+        None
+    });
+    (profile.unwrap_or_default(), Expect::Etag(etag))
 }
 
 /// Adds a recording to the profile of a snapshot.

@@ -336,6 +336,13 @@ impl MirrorLink {
         self.client().register_vm(vm, pid).map_err(refused)
     }
 
+    /// Has what a VM of this RAM and these disks needs first read before it runs; where that fails, it is read then.
+    pub fn approach<'a>(&self, ram: &store::Version, disks: impl Iterator<Item = &'a store::Version>) {
+        if let Err(error) = self.client().approach(&ram.to_string(), disks.map(ToString::to_string).collect()) {
+            log::debug!("what a VM starts from is read when it is needed: {error}");
+        }
+    }
+
     /// Fetches RAM ahead of a VM that is registered, records what it touches, or both.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::foresight::disk::{self, Wanted};
-use crate::foresight::{self, Ahead};
+use crate::foresight::{self, Ahead, Known};
 use crate::node::{Node, Shared, Started, new_uuid};
 use crate::record::{self, Life, SnapshotMeta, VmRecord};
 use crate::vm::{DisksAhead, Source, Starting};
@@ -15,8 +15,8 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 use vmm::passt::Publish;
 
-/// How long after its start what a VM would boot from again is fetched: its first pages are wanted first.
-const KERNEL_LATER: Duration = Duration::from_secs(15);
+/// A VM that has lived for so long may boot again one day, when the store may be away; most end sooner and never do.
+const KERNEL_LATER: Duration = Duration::from_secs(300);
 
 impl Node {
     /// Takes a snapshot of a running VM and returns when it is durable.
@@ -132,7 +132,14 @@ impl Node {
         }
         // Where nobody asks for it and nothing is far away, a VM is not even watched.
         let wanted = disk::wanted(&self.shared, request.prefetch.as_deref(), request.eager, request.learn)?;
+        // Beside the snapshot itself, since its name says where that is.
+        let known = wanted.as_ref().map(|_| foresight::begin_to_know(&self.shared, from)).transpose()?;
         let (manifest, meta) = self.snapshot(from)?;
+        if wanted.is_some() {
+            // While the daemon reads what it needs itself.
+            let disks = meta.shape.disks.iter().filter_map(|disk| manifest.versions.get(&disk.id));
+            self.shared.mirror.approach(&ram_of(from, &manifest, &meta)?, disks);
+        }
         let mut origin = meta.origin.clone();
         if let Some(files) = image::carried_files(&manifest, &self.shared.home.path("kernels")) {
             (origin.kernel, origin.initrd) = files;
@@ -154,7 +161,7 @@ impl Node {
         let (here, coming) = sync_channel(1);
         let started = std::thread::scope(|scope| {
             let launching = scope.spawn(|| self.launch(record.clone(), Starting::Meanwhile(coming), since));
-            let source = self.source_from(&record, from, (&manifest, meta), wanted);
+            let source = self.source_from(&record, from, (&manifest, meta), wanted.zip(known));
             // One that waits learns of a failure from the end of its channel.
             let failed = match source {
                 // Where it has ended meanwhile, it says why.
@@ -182,7 +189,7 @@ impl Node {
         record: &VmRecord,
         from: &str,
         (manifest, meta): (&store::Manifest, SnapshotMeta),
-        wanted: Option<Wanted>,
+        wanted: Option<(Wanted, Known)>,
     ) -> Result<Source> {
         let shared = &self.shared;
         let disks: Vec<store::Version> =
@@ -198,9 +205,11 @@ impl Node {
                 let versions = meta.shape.disks.iter().map(|d| d.id.clone()).zip(disks.iter().copied());
                 self.pin(record.id, versions.collect())
             });
-            let ahead = wanted.clone().map(|Wanted { policy, learns }| {
+            let (wanted, known) = wanted.unzip();
+            let ahead = wanted.clone().zip(known).map(|(Wanted { policy, learns }, known)| {
                 let (meta, map, dir) = (&meta, &frozen_map, &dir);
-                scope.spawn(move || Ahead::prepare(shared, (from, manifest, meta), map, dir, policy).learning(learns))
+                let prepare = move || Ahead::prepare(shared, (from, manifest, meta), (map, known), dir, policy);
+                scope.spawn(move || prepare().learning(learns))
             });
             let meta = self.adopted(manifest, meta.clone())?;
             let map = RamMap::decode(&meta.map).map_err(bad_map)?;
@@ -225,19 +234,18 @@ impl Node {
         })
     }
 
-    /// Brings what a VM would boot from again, once it has had time to become warm. Where that is not done when it is
-    /// needed, it is brought then.
+    /// Brings what a VM would boot from again, where it lives for long. Where it boots sooner, it is brought then.
     fn bring_kernel(&self, record: &VmRecord) {
         let files = [Some(record.origin.kernel.clone()), record.origin.initrd.clone()];
         let missing: Vec<_> = files.into_iter().flatten().filter(|file| !file.exists()).collect();
         if missing.is_empty() {
             return;
         }
-        let shared = Arc::downgrade(&self.shared);
+        let (shared, id) = (Arc::downgrade(&self.shared), record.id);
         let bring = move || {
             sys::lowest_priority();
             std::thread::sleep(KERNEL_LATER);
-            let Some(shared) = shared.upgrade() else { return };
+            let Some(shared) = shared.upgrade().filter(|shared| shared.home.vm_dir(id).exists()) else { return };
             for file in missing {
                 if let Err(error) = image::ensure_file(&shared.store, &file) {
                     log::warn!("{} is fetched when a VM boots from it: {error}", file.display());
@@ -255,8 +263,11 @@ impl Node {
     fn adopted(&self, manifest: &store::Manifest, mut meta: SnapshotMeta) -> Result<SnapshotMeta> {
         self.shared.recall()?;
         let head = self.shared.own_head("freeze", meta.id);
-        if let Some((manifest, _)) = self.shared.store.head(&head)? {
-            return crate::snapshots::meta(&head, &manifest);
+        let known = || -> Result<Option<SnapshotMeta>> {
+            self.shared.store.head(&head)?.map(|(manifest, _)| crate::snapshots::meta(&head, &manifest)).transpose()
+        };
+        if let Some(known) = known()? {
+            return Ok(known);
         }
         let id = RamFileId(meta.id);
         let mut map = RamMap::decode(&meta.map).map_err(Error::Invalid)?;
@@ -264,9 +275,15 @@ impl Node {
         meta.map = map.encode();
         let text = serde_json::to_string(&meta).expect("records serialise");
         let own = store::Manifest { versions: manifest.versions.clone(), meta: text };
-        self.shared.store.begin().publish(&head, store::Expect::Any, &own)?;
-        self.shared.learn(&own, &meta);
-        Ok(meta)
+        match self.shared.store.begin().publish(&head, store::Expect::Absent, &own) {
+            // Another VM of the same snapshot, started at once, was faster.
+            Err(store::Error::HeadChanged { .. }) => known()?.ok_or_else(|| no_snapshot(&head)),
+            published => {
+                published?;
+                self.shared.learn(&own, &meta);
+                Ok(meta)
+            }
+        }
     }
 
     /// Makes sure the mirror has the RAM file of a snapshot in the store; `map` says where it is other than zero.

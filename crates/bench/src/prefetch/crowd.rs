@@ -48,7 +48,9 @@ fn later(world: &World, name: &str, seed: impl Fn(u64) -> u64 + Send + Sync) -> 
         for n in 0..if world.quick { 3 } else { 8 } {
             let fetched_now = || node.fetched_bytes().map(|(mirror, daemon)| mirror + daemon);
             let before = fetched_now()?;
-            drive(node, &format!("l{n}"), "auto", seed(n), Duration::from_secs(4))?;
+            // As much work for each: in the same time a later one does more.
+            let work = Work { busy: Duration::ZERO, answers: SERVER.answers() };
+            drive(node, &format!("l{n}"), "auto", seed(n), work)?;
             fetched.push((fetched_now()? - before) as f64);
         }
         Ok(fetched)
@@ -62,18 +64,19 @@ fn later(world: &World, name: &str, seed: impl Fn(u64) -> u64 + Send + Sync) -> 
 }
 
 /// Starts an offshoot and drives it; seconds until its first answer.
-fn drive(node: &Node<'_>, name: &str, policy: &str, seed: u64, busy: Duration) -> Outcome<f64> {
+fn drive(node: &Node<'_>, name: &str, policy: &str, seed: u64, work: Work) -> Outcome<f64> {
     let began = Instant::now();
     let vm = node.start(name, SERVER.name(), (policy, None), false)?;
     let mut session = Session::new(SERVER, published(&vm, SERVER.port())?, Set::B, seed);
-    Ok(session.drive(began, Work { busy, answers: 1 }, || Ok(()))?.first_s)
+    Ok(session.drive(began, work, || Ok(()))?.first_s)
 }
 
 /// Starts so many at once on a cold node; seconds until the first answer of each.
 fn together(world: &World, policy: &str, count: u64) -> Outcome<Vec<f64>> {
     world.at_node(|node| {
         std::thread::scope(|scope| {
-            let start = |n: u64| scope.spawn(move || drive(node, &format!("c{n}"), policy, 100 + n, Duration::ZERO));
+            let work = Work { busy: Duration::ZERO, answers: 1 };
+            let start = |n: u64| scope.spawn(move || drive(node, &format!("c{n}"), policy, 100 + n, work));
             let threads: Vec<_> = (0..count).map(start).collect();
             let joined = threads.into_iter().map(|thread| thread.join().expect("no panic while driving"));
             joined.collect::<Outcome<Vec<f64>>>().map_err(|e| Failure::from(format!("{count} at once: {e}")))

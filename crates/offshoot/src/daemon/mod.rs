@@ -155,5 +155,5 @@ fn install_library(home: &Home) -> Result<PathBuf, Box<dyn std::error::Error>> {
 
 fn log_to_stderr() {
     let environment = env_logger::Env::default().filter_or("OFFSHOOT_LOG", "info");
-    let _ = env_logger::Builder::from_env(environment).format_target(false).try_init();
+    let _ = env_logger::Builder::from_env(environment).format_target(false).format_timestamp_millis().try_init();
 }

@@ -40,7 +40,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -107,7 +107,15 @@ impl Core {
         name: &str,
         task: impl Future<Output = Result<T, Failure>> + Send + 'static,
     ) -> io::Result<T> {
-        self.run(task).map_err(|failure| failure.to_io(&self.server, what, name))
+        let began = Instant::now();
+        let done = self.run(task);
+        // What a cold start or a fault waits for is read off these lines.
+        log::trace!(
+            "{what} {name}: {:.1} ms, {}",
+            began.elapsed().as_secs_f64() * 1e3,
+            std::thread::current().name().unwrap_or("unnamed")
+        );
+        done.map_err(|failure| failure.to_io(&self.server, what, name))
     }
 
     /// As [`Core::wait`], for tasks that need the link.

@@ -25,8 +25,8 @@ pub(super) struct OpenPack {
     shared: Arc<Shared>,
     name: String,
     id: PackId,
-    /// Its size once known; a pack has never 0 bytes.
-    size: AtomicU64,
+    /// Where it ends, once known; a pack has never 0 bytes.
+    end: AtomicU64,
     below: Mutex<Option<Arc<dyn Object>>>,
     streams: Mutex<Streams>,
 }
@@ -136,7 +136,7 @@ impl OpenPack {
             shared,
             name: name.to_owned(),
             id,
-            size: AtomicU64::new(0),
+            end: AtomicU64::new(0),
             below: Mutex::default(),
             streams: Mutex::default(),
         }
@@ -152,13 +152,17 @@ impl OpenPack {
         Ok(object)
     }
 
-    fn ask_size(&self) -> io::Result<u64> {
-        if let Some(size) = self.shared.state().index.pack_size(self.id) {
-            return Ok(size);
-        }
-        match self.below().and_then(|object| self.shared.observe(object.size())) {
-            Err(error) if is_away(&error) => size_by_index(&self.shared, self.id).ok_or(error),
-            found => found,
+    /// Where the pack ends, for reads. Of one whose index was read nobody is asked: a first read waits for one trip less.
+    pub(super) fn end(&self) -> io::Result<u64> {
+        match self.end.load(Ordering::Relaxed) {
+            0 => {
+                let known = self.shared.state().index.pack_size(self.id);
+                let known = known.or_else(|| size_by_index(&self.shared, self.id));
+                let end = known.map_or_else(|| self.size(), Ok)?;
+                self.end.store(end, Ordering::Relaxed);
+                Ok(end)
+            }
+            end => Ok(end),
         }
     }
 
@@ -202,7 +206,7 @@ impl OpenPack {
 
     /// Fetches what is missing of a range, run by run, waiting for a turn before each.
     pub(super) fn bring(&self, range: &ByteRange, mut may_go_on: impl FnMut() -> bool) -> io::Result<()> {
-        let size = self.size()?;
+        let size = self.end()?;
         let range = ByteRange::new(range.start.min(size), range.end.min(size));
         let Some(numbers) = self.shared.numbers(&range) else { return Ok(()) };
         let numbers: Vec<u16> = numbers.collect();
@@ -240,7 +244,7 @@ impl Object for OpenPack {
         if buf.is_empty() {
             return Ok(());
         }
-        let size = self.size()?;
+        let size = self.end()?;
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= size);
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         let range = ByteRange::new(offset, end);
@@ -301,14 +305,14 @@ impl Object for OpenPack {
         self.fetch(offset..end, buf)
     }
 
+    /// As it is below, so that one that was cut short shows.
     fn size(&self) -> io::Result<u64> {
-        match self.size.load(Ordering::Relaxed) {
-            0 => {
-                let size = self.ask_size()?;
-                self.size.store(size, Ordering::Relaxed);
-                Ok(size)
+        match self.below().and_then(|object| self.shared.observe(object.size())) {
+            Err(error) if is_away(&error) => {
+                let known = self.shared.state().index.pack_size(self.id);
+                known.or_else(|| size_by_index(&self.shared, self.id)).ok_or(error)
             }
-            size => Ok(size),
+            found => found,
         }
     }
 

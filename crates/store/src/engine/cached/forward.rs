@@ -24,8 +24,8 @@ impl Engine for Cached {
         match pack_of(name) {
             Some(pack) => {
                 let pack = self.open_pack(name, pack);
-                // Says whether it is there, and costs nothing where anything of it is here.
-                pack.size()?;
+                // Says whether it is there, and costs nothing where anything of it is here, or a copy of its index.
+                pack.end()?;
                 Ok(Arc::new(pack))
             }
             None => self.shared.observe(self.shared.origin.open(name)),
