@@ -183,7 +183,27 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
     }
     let (done, end) = mpsc::channel();
     let tree = tree::Tree::open(home.clone(), taken_over).map_err(failed("recall its tree of blobs"))?;
-    let core = Arc::new(Core {
+    let core = Arc::new(assemble(home.clone(), objects, tree, (session, session_name), config.max_readahead, done));
+    let (server, listener) = Server::bind(core.clone(), home).map_err(failed("open its control socket"))?;
+    core.exports.restore(&core);
+    let started = spawn("mirror-accept", move || server.serve(&listener))
+        .and_then(|()| start_helpers(&core))
+        .and_then(|()| workers::start(&core, config.threads.max(1)));
+    started.map_err(failed("start its threads"))?;
+    end.recv().unwrap_or_else(|_| Err(io::Error::other("all threads are gone"))).map_err(failed("serve its session"))
+}
+
+/// A core that nobody works for yet.
+fn assemble(
+    home: Home,
+    objects: Objects,
+    tree: tree::Tree,
+    (session, session_name): (Session, String),
+    max_readahead: u32,
+    done: mpsc::Sender<io::Result<()>>,
+) -> Core {
+    Core {
+        exports: front::nbd::Exports::new(home),
         objects,
         tree,
         session,
@@ -195,20 +215,12 @@ pub fn run(config: Config, versions: Arc<dyn Versions>) -> Result<(), RunError> 
         waiting: front::waiting::WaitingRoom::default(),
         problems: Problems::default(),
         crew: workers::Crew::default(),
-        exports: front::nbd::Exports::new(home.clone()),
         direct: front::direct::queue(),
-        max_readahead: config.max_readahead,
+        max_readahead,
         removed: std::sync::Mutex::default(),
         ending: std::sync::atomic::AtomicBool::new(false),
         done,
-    });
-    let (server, listener) = Server::bind(core.clone(), home).map_err(failed("open its control socket"))?;
-    core.exports.restore(&core);
-    let started = spawn("mirror-accept", move || server.serve(&listener))
-        .and_then(|()| start_helpers(&core))
-        .and_then(|()| workers::start(&core, config.threads.max(1)));
-    started.map_err(failed("start its threads"))?;
-    end.recv().unwrap_or_else(|_| Err(io::Error::other("all threads are gone"))).map_err(failed("serve its session"))
+    }
 }
 
 /// The threads behind the workers: reads that wait, and prefetch.

@@ -391,6 +391,21 @@ fn what_one_disk_alone_holds_is_read_and_written_past_the_page_cache() {
 
 /// A fork of many registers them all at once.
 #[test]
+fn reads_behind_the_end_find_nothing_and_end_no_worker() {
+    let mirror = Mirror::start();
+    let size = 1 << 20;
+    let spec = OverlaySpec { id: 0x20, vm: "a".to_owned(), size, block_size: 4096, below: Below::Zero };
+    mirror.client().add_overlay(spec).unwrap();
+    let disk = mirror.open_disk(0x20);
+    let mut buf = Aligned::new(8192);
+    // More of them than there may be workers.
+    for at in (0..100).map(|n| size + (n << 20)).chain([i64::MAX as u64 & !0xffff]) {
+        assert_eq!(disk.read_at(buf.get(4096), at).unwrap(), 0, "{at}");
+    }
+    assert_eq!(disk.read_at(buf.get(8192), size - 4096).unwrap(), 4096);
+}
+
+#[test]
 fn vms_that_are_registered_at_once_are_all_kept() {
     let mirror = Mirror::start();
     std::thread::scope(|scope| {

@@ -87,3 +87,47 @@ fn an_older_flush_does_not_undo_a_newer_one() {
     let again = Layer::open_durable(&home, 20, 2 * CHUNK, 512).unwrap();
     assert_eq!(again.run(0, 2 * CHUNK), (State::Dirty, 400));
 }
+
+mod fuzz {
+    use super::*;
+    use crate::edits::{SMALL, within};
+
+    #[test]
+    fn states() {
+        const BLOCKS: u64 = 48;
+        let dir = tempfile::tempdir().unwrap();
+        let (live, durable) = {
+            let home = home(&dir);
+            let layer = Layer::create(&home, Blank::open(&home, 20).unwrap(), BLOCKS, 512).unwrap();
+            layer.hold(2..3).write_blocks(2, &[2; 512]).unwrap();
+            layer.hold(3..9).zero_blocks(3..9, false).unwrap();
+            layer.hold(20..30).keep(20, &[9; 10 * 512]).unwrap();
+            layer.sync().unwrap();
+            (home.layer_live_states(20), home.layer_durable_states(20))
+        };
+        fuzz!([live, durable].map(|path| std::fs::read(path).unwrap()).to_vec(), |bytes, _| {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let home = home(&dir);
+            drop(Layer::create(&home, Blank::open(&home, 20).unwrap(), BLOCKS, 512).unwrap());
+            let code =
+                |block: u64| bytes.get(block as usize).map_or(Some(State::Absent), |code| State::from_code(*code));
+            // Bytes behind the last block say nothing only where they are zero.
+            let right = (0..BLOCKS.max(bytes.len() as u64)).all(|b| match code(b) {
+                Some(state) => b < BLOCKS || state == State::Absent,
+                None => false,
+            });
+            std::fs::write(home.layer_live_states(20), bytes).unwrap();
+            let layer = within(bytes.len() + SMALL, || Layer::open_live(&home, 20, BLOCKS, 512));
+            assert_eq!(layer.is_ok(), right);
+            if let Ok(layer) = layer {
+                (0..BLOCKS).for_each(|block| assert_eq!(Some(layer.run(block, block + 1).0), code(block)));
+            }
+            std::fs::write(home.layer_durable_states(20), bytes).unwrap();
+            if let Ok(layer) = within(bytes.len() + SMALL, || Layer::open_durable(&home, 20, BLOCKS, 512)) {
+                // What was only cached is not known to have reached the disk.
+                let kept = |block: u64| code(block).filter(|state| state.is_dirty()).unwrap_or(State::Absent);
+                (0..BLOCKS).for_each(|block| assert_eq!(layer.run(block, block + 1).0, kept(block)));
+            }
+        });
+    }
+}

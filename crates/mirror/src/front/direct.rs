@@ -71,8 +71,9 @@ impl Core {
                     continue;
                 }
                 let (header, began, len) = (read.ticket.header, read.ticket.began, read.bytes().len());
-                workers::reply(self, header.unique, Answer::InPlace(len), read.with_head(OUT_HEADER));
+                // Before the answer: whoever has it finds it counted.
                 self.count_read(header.node, len, began);
+                workers::reply(self, header.unique, Answer::InPlace(len), read.with_head(OUT_HEADER));
                 self.demand.leave();
             }
             aio.give_back(&mut landed);

@@ -82,7 +82,7 @@ impl Core {
             op::FSYNC => self.fsync(header.node),
             op::FALLOCATE => self.fallocate(header.node, u64_at(body, 8), u64_at(body, 16), u32_at(body, 24)),
             op::LSEEK => self.seek(header.node, u64_at(body, 8), u32_at(body, 16)),
-            op::READDIR => self.read_dir(header.node, u64_at(body, 8), u32_at(body, 16) as usize),
+            op::READDIR => self.read_dir(header.node, u64_at(body, 8), u32_at(body, 16).min(MAX_WRITE) as usize),
             op::INIT => self.init(body),
             op::STATFS => self.statfs(),
             op::OPENDIR => Answer::Body(vec![0; 16]),
@@ -241,6 +241,9 @@ impl Core {
     /// Reads a RAM file, and counts it once it has succeeded.
     fn read_ram(&self, ram: &RamObject, read: &Read, out: &mut [u8]) -> Result<usize, RamError> {
         let len = out.len().min(usize::try_from(ram.map.size().saturating_sub(read.offset)).unwrap_or(usize::MAX));
+        if len == 0 {
+            return Ok(0);
+        }
         let mut tally = RamTally::default();
         let waits = store::waits();
         let counters = self.vms.of_thread(read.thread);
@@ -298,6 +301,10 @@ impl Core {
 
     fn read_disk(&self, disk: &Overlay, offset: u64, out: &mut [u8], counters: &Counters) -> Answer {
         let len = out.len().min(usize::try_from(disk.size.saturating_sub(offset)).unwrap_or(usize::MAX));
+        if len == 0 {
+            // Of a file that is read past the page cache, the kernel asks for what lies beyond its end, too.
+            return Answer::InPlace(0);
+        }
         let out = &mut out[..len];
         match self.ask_again(|| disk.read(self.objects.versions(), offset, out)) {
             Ok(tally) => {

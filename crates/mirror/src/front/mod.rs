@@ -13,6 +13,8 @@ pub(crate) mod aio;
 pub(crate) mod buffer;
 pub(crate) mod direct;
 mod files;
+#[cfg(test)]
+mod fuzz;
 pub(crate) use files::{Answer, name_of};
 pub(crate) mod nbd;
 #[expect(unsafe_code, reason = "an ioctl that no library has")]

@@ -54,6 +54,12 @@ impl Session {
         }
     }
 
+    /// One of which nobody reads.
+    #[cfg(test)]
+    pub(crate) fn on(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
     /// The descriptor.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         use std::os::fd::AsFd;

@@ -69,7 +69,7 @@ impl Core {
             op::GETATTR => self.attr_in_tree(header.node).map(|attr| Answer::Body(attr.attr().0)),
             op::SETATTR => self.set_attr_in_tree(header.node, body),
             op::OPEN => self.open_in_tree(&header, u32_at(body, 0)),
-            op::READDIR => self.list_tree(header.node, u64_at(body, 8), u32_at(body, 16) as usize),
+            op::READDIR => self.list_tree(header.node, u64_at(body, 8), u32_at(body, 16).min(MAX_WRITE) as usize),
             op::READLINK => self.read_link(header.node),
             op::RELEASE => {
                 self.tree.close(u64_at(body, 0));
@@ -89,7 +89,8 @@ impl Core {
 
     /// The kernel forgets several inodes at once.
     pub(super) fn forget_all(&self, body: &[u8]) {
-        for at in (0..u32_at(body, 0) as usize).map(|n| 8 + 16 * n) {
+        let there = (body.len() / 16).min(u32_at(body, 0) as usize);
+        for at in (0..there).map(|n| 8 + 16 * n) {
             self.tree.forget(u64_at(body, at), u64_at(body, at + 8));
         }
     }
@@ -125,6 +126,9 @@ impl Core {
 
     fn read_version(&self, node: u64, version: &VersionNode, offset: u64, out: &mut [u8]) -> Answer {
         let len = out.len().min(usize::try_from(version.size.saturating_sub(offset)).unwrap_or(usize::MAX));
+        if len == 0 {
+            return Answer::InPlace(0);
+        }
         let mut read = || self.objects.versions().read_at(&version.version, offset, &mut out[..len]);
         match self.ask_again(|| read().map_err(DiskError::from)) {
             Ok(stored) => {

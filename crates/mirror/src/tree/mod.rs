@@ -129,7 +129,8 @@ impl Tree {
             }
         }
         let ids = nodes.iter().map(|(&id, known)| (known.node.clone(), id)).collect();
-        let next = nodes.keys().max().map_or(FIRST, |last| last + 1);
+        let next = nodes.keys().max().map_or(Some(FIRST), |last| last.checked_add(1));
+        let next = next.ok_or_else(|| io::Error::other(format!("{}: no inode has the last number", path.display())))?;
         let record = Record::create(path, &kept(&nodes, &handles))?;
         let places: Vec<FilePlace> = read_json_or_default(&home.live().join("files.json"))?;
         let files = places.into_iter().map(|p| ((p.blob, p.number), p.overlay)).collect();

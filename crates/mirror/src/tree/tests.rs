@@ -103,3 +103,44 @@ fn the_record_stays_short_however_much_is_opened_and_forgotten() {
     assert_eq!(next.node(kept), Some(version("kept", 0)));
     assert_eq!(next.state().nodes.len(), 1);
 }
+
+mod fuzz {
+    use super::*;
+    use crate::edits::{SMALL, within};
+
+    #[test]
+    fn records() {
+        let (_dir, home) = home();
+        let tree = Tree::open(home.clone(), false).unwrap();
+        let (one, two) = (tree.enter(version("b", 1)).unwrap(), tree.enter(version("we.ird+@:1", u64::MAX)).unwrap());
+        tree.open_as(70, one, false).unwrap();
+        tree.open_as(72, two, true).unwrap();
+        tree.open_file(72, 900).unwrap();
+        tree.close(70);
+        tree.forget(one, 1);
+        drop(tree);
+        let valid = std::fs::read(home.live().join("tree.log")).unwrap();
+        fuzz!(vec![valid], |bytes, _| {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let home = Home::prepare_for_boot(dir.path(), "test").unwrap();
+            home.reset_live().unwrap();
+            std::fs::write(home.live().join("tree.log"), bytes).unwrap();
+            match within(64 * bytes.len() + SMALL, || Tree::open(home.clone(), true)) {
+                // What was taken over is what the next one takes over.
+                Ok(tree) => {
+                    let known = |tree: &Tree| {
+                        let state = tree.state();
+                        let mut nodes: Vec<_> =
+                            state.nodes.iter().map(|(id, known)| (*id, known.node.clone())).collect();
+                        nodes.sort_by_key(|(id, _)| *id);
+                        (nodes, state.handles.len(), state.next)
+                    };
+                    let before = known(&tree);
+                    drop(tree);
+                    assert_eq!(known(&Tree::open(home, true).unwrap()), before);
+                }
+                Err(error) => assert!(!error.to_string().is_empty()),
+            }
+        });
+    }
+}
