@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::home::write_atomically;
-use base::ByteRange;
+use base::{ByteRange, RamMap};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -130,6 +130,38 @@ pub struct FreezeRecord {
 }
 
 impl FreezeRecord {
+    /// Reads it from `path`, and checks what everything behind relies on.
+    ///
+    /// # Errors
+    /// Names the file, and what is wrong in it.
+    pub fn load(path: &Path) -> Result<Self> {
+        let record: Self = load(path)?;
+        match record.fault() {
+            None => Ok(record),
+            Some(reason) => Err(Error::Damaged { path: path.to_owned(), reason }),
+        }
+    }
+
+    fn fault(&self) -> Option<String> {
+        let [ram] = &self.shape.ram[..] else { return Some(format!("{} regions of RAM", self.shape.ram.len())) };
+        let map = match RamMap::decode(&self.map) {
+            Ok(map) => map,
+            Err(error) => return Some(error.to_string()),
+        };
+        if map.size() != ram.bytes {
+            return Some(format!("a map of {} bytes for RAM of {}", map.size(), ram.bytes));
+        }
+        let wrong = [&self.written, &self.zeroed].into_iter().find_map(|ranges| {
+            let mut at = 0;
+            ranges.iter().find(|&&(start, end)| {
+                let fits = start >= at && start < end && end <= ram.bytes && (start | end).is_multiple_of(base::PAGE);
+                at = end;
+                !fits
+            })
+        });
+        wrong.map(|(start, end)| format!("no range of RAM goes from {start:#x} to {end:#x} there"))
+    }
+
     /// Bytes that changed.
     #[must_use]
     pub fn changed_bytes(&self) -> u64 {
@@ -205,3 +237,6 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T> {
 pub fn now() -> String {
     humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }
+
+#[cfg(test)]
+mod fuzz;

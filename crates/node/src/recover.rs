@@ -5,7 +5,7 @@ use crate::commit::Committer;
 use crate::error::{Error, Result};
 use crate::home::Home;
 use crate::node::{Shared, Slot};
-use crate::record::{self, FreezeRecord, Life, SnapshotMeta, VmRecord};
+use crate::record::{FreezeRecord, Life, SnapshotMeta, VmRecord};
 use crate::snapshots::meta;
 use crate::vm;
 use std::os::fd::OwnedFd;
@@ -129,7 +129,7 @@ fn pending(shared: &Arc<Shared>) -> Result<Vec<FreezeRecord>> {
         if path.extension().is_none_or(|e| e != "json") {
             continue;
         }
-        let record: FreezeRecord = record::load(&path)?;
+        let record = FreezeRecord::load(&path)?;
         if record.holder.alive() {
             out.push(record);
             continue;
