@@ -6,7 +6,7 @@
 //! grow where what they brought is used and shrink where it is not; a plan that proves wrong is dropped.
 
 use super::policy::{Eager, Policy};
-use super::profile::Entry;
+use super::profile::{Entry, log_time};
 use super::template::{COLORS, Template, Traits};
 use super::window::Window;
 use super::{Page, Windows};
@@ -27,13 +27,20 @@ const UNKNOWN: f32 = 0.25;
 /// Pages that are touched this early (as `Entry::early`: 255 ms) are to be here before the guest runs, but no more than
 /// these: 16 MiB.
 const FIRST: u16 = 8 * 256;
+/// A step of time, as `Entry::early`: half of a doubling.
+const STEP: u16 = 128;
 const FIRST_MAX: usize = 4096;
 /// The same where nothing is recorded: 128 MiB.
 const FIRST_MAX_UNKNOWN: usize = 32768;
 
-/// Pages are fetched ahead that recordings touched by this time, and so many times the guest's age.
-const HORIZON: Duration = Duration::from_secs(2);
-const HORIZON_AGES: u32 = 4;
+/// Pages are fetched ahead that recordings touched by this time, and half of the guest's age behind: all that belongs to a
+/// start, and later what is likely within the time that the guest may still live.
+const HORIZON: Duration = Duration::from_secs(8);
+/// Waits for pages whose time has not come before the next step of time is brought forward: many are chance, as with keys
+/// that clients choose at random.
+const OUTRUN: usize = 32;
+/// Pages behind such a wait in plan order, before.
+const EARLY_WINDOW: u32 = 16;
 
 /// Where a page stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,10 +84,12 @@ pub struct Planner {
     cursor: usize,
     /// Of how many of the plan's pages the time has come, by the guest's age ([`Planner::set_age`]).
     due: usize,
-    /// Where in the plan each step of time begins: pages touched within 1, 2, 4, … milliseconds.
+    /// Where in the plan each step of time ([`STEP`]) begins.
     steps: Vec<usize>,
     /// The guest has shown that this step's time has come.
     step_seen: usize,
+    /// Waits for pages whose time has not come, since that was shown last.
+    outran: usize,
     /// A page's place in the plan; `u32::MAX` where it is in none.
     places: Vec<u32>,
     /// Pages of the plan to be here before the guest runs.
@@ -131,6 +140,7 @@ impl Planner {
             cursor: 0,
             steps,
             step_seen: 0,
+            outran: 0,
             places,
             first,
             windows,
@@ -152,17 +162,20 @@ impl Planner {
     /// Tells how long the guest has run. What recordings touched late is not fetched long before its time: a guest that ends
     /// early never needs it, and one that is faster than those recorded asks for it by a fault, which brings what follows.
     pub fn set_age(&mut self, age: Duration) {
-        let horizon = HORIZON + age * HORIZON_AGES;
-        let step = horizon.as_millis().max(1).ilog2() as usize + 1;
-        let step = step.max(self.step_seen);
+        let horizon = HORIZON + age / 2;
+        let step = step_of(log_time(u32::try_from(horizon.as_millis()).unwrap_or(u32::MAX))).max(self.step_seen);
         self.due = self.steps.get(step).copied().unwrap_or(self.plan.len());
     }
 
     /// The guest waits for a page of the plan whose time has not come: it is faster than those recorded, or it is chance.
-    /// Each such page brings the next step of time forward.
     fn outruns(&mut self, page: Page) {
         let place = self.places[page as usize] as usize;
         if place < self.plan.len() && place >= self.due {
+            self.outran += 1;
+            if self.outran < OUTRUN {
+                return;
+            }
+            self.outran = 0;
             let step = self.steps.partition_point(|&begins| begins <= self.due);
             self.step_seen = step;
             self.due = self.steps.get(step).copied().unwrap_or(self.plan.len());
@@ -358,7 +371,8 @@ impl Planner {
     fn want_best(&mut self, page: Page) {
         if self.is_planned(page) {
             let place = self.places[page as usize] as usize;
-            let pages = self.plan_window.pages as usize;
+            let most = if place < self.due { u32::MAX } else { EARLY_WINDOW };
+            let pages = self.plan_window.pages.min(most) as usize;
             let ahead: Vec<Page> = self.plan[place + 1..].iter().take(pages).copied().collect();
             self.want(ahead, Class::Plan);
             return;
@@ -449,6 +463,11 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
     }
 }
 
+/// The step of time that a page's first touch falls in: two for each doubling.
+fn step_of(early: u16) -> usize {
+    usize::from(early / STEP)
+}
+
 /// Where in a plan in the order of time each of its steps begins, behind the last of which stands what only colors speak
 /// for.
 fn steps(template: &Template, plan: &[Page]) -> Vec<usize> {
@@ -456,26 +475,25 @@ fn steps(template: &Template, plan: &[Page]) -> Vec<usize> {
     let mut steps = Vec::new();
     for (at, page) in plan.iter().enumerate() {
         let Some(early) = early.get(page) else { break };
-        while steps.len() <= usize::from(early / 256) {
+        while steps.len() <= step_of(*early) {
             steps.push(at);
         }
     }
     steps
 }
 
-/// The recorded pages that `wanted` picks and that have content: by how early they are touched, in steps in which the
-/// time doubles, and by address within.
+/// The recorded pages that `wanted` picks and that have content: by how early they are touched, in steps of time, and by
+/// address within.
 fn in_plan_order(template: &Template, wanted: impl Fn(&Entry) -> bool) -> Vec<Page> {
     let stored = |page: Page| u64::from(page) < template.stored.len() && template.stored.get(page.into());
     let entries = template.profile.entries().iter().filter(|e| stored(e.page) && wanted(e));
-    let mut known: Vec<(u16, Page)> = entries.map(|e| (e.early / 256, e.page)).collect();
+    let mut known: Vec<(usize, Page)> = entries.map(|e| (step_of(e.early), e.page)).collect();
     known.sort_unstable();
     known.into_iter().map(|(_, page)| page).collect()
 }
 
-/// All pages at least as likely as the dial asks: those recorded, by how early they are touched, in steps in which the
-/// time doubles and by color space within (so that a layout in this order is read in large pieces); then those that
-/// only their color speaks for.
+/// All pages at least as likely as the dial asks: those recorded, by how early they are touched, in steps of time and by
+/// address within (so that a layout in this order is read in large pieces); then those that only their color speaks for.
 fn likely(template: &Template, eager: Eager) -> Vec<Page> {
     let stored = |page: Page| u64::from(page) < template.stored.len() && template.stored.get(page.into());
     if eager.dial() == 0.0 {

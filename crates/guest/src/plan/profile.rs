@@ -248,6 +248,6 @@ fn laplace(seen: usize, of: usize) -> f32 {
 }
 
 /// 256 times the binary logarithm of 1 + `ms`.
-fn log_time(ms: u32) -> u16 {
+pub(super) fn log_time(ms: u32) -> u16 {
     ((f64::from(ms) + 1.0).log2() * 256.0) as u16
 }

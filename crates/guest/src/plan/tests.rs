@@ -116,7 +116,7 @@ fn auto_has_here_first_what_is_touched_at_once() {
 
 #[test]
 fn what_is_touched_late_is_not_fetched_long_before_its_time() {
-    let touches: Vec<Touch> = [(9, 0), (4, 1900), (7, 5000), (5, 40_000)].map(|(page, ms)| Touch { page, ms }).to_vec();
+    let touches: Vec<Touch> = [(9, 0), (4, 5000), (7, 7000), (5, 40_000)].map(|(page, ms)| Touch { page, ms }).to_vec();
     let mut seen = Profile::default();
     seen.add(&touches, 60_000);
     let mut planner = planner("auto", template(64, seen.clone()));
@@ -125,16 +125,33 @@ fn what_is_touched_late_is_not_fetched_long_before_its_time() {
     assert!(!planner.is_idle(), "there is more to come");
     planner.set_age(Duration::from_secs(1));
     assert_eq!(next(&mut planner, 8), [7]);
-    let mut faster = Planner::new(template(64, seen.clone()), Policy::Auto, Eager::default());
-    faster.set_age(Duration::ZERO);
-    faster.fault(5, true);
-    assert_eq!(next(&mut faster, 8), [9, 4, 7], "a guest that is ahead of those recorded brings the next step forward");
-    planner.set_age(Duration::from_secs(10));
+    planner.set_age(Duration::from_secs(60));
+    assert_eq!(next(&mut planner, 8), []);
+    planner.set_age(Duration::from_secs(80));
     assert_eq!(next(&mut planner, 8), [5]);
     assert!(planner.is_idle());
     let mut eager = Planner::new(template(64, seen), Policy::Auto, Eager::new(1.0).unwrap());
     eager.set_age(Duration::ZERO);
     assert_eq!(next(&mut eager, 100).len(), 64, "a full copy waits for nothing");
+}
+
+#[test]
+fn a_guest_that_is_ahead_of_those_recorded_brings_time_forward_and_chance_does_not() {
+    let late = (100..1000).map(|page| Touch { page, ms: 30_000 });
+    let mut seen = Profile::default();
+    seen.add(&[Touch { page: 9, ms: 0 }].into_iter().chain(late).collect::<Vec<_>>(), 60_000);
+    let mut planner = planner("auto", template(3000, seen));
+    planner.set_age(Duration::ZERO);
+    assert_eq!(next(&mut planner, 3000), [9]);
+    planner.fault(100, true);
+    assert_eq!(next(&mut planner, 3000), (101..117).collect::<Vec<_>>(), "a few that are next, whatever it was");
+    let between = |asked: &[Page]| (100..1000).filter(|page| page % 25 == 24 && asked.contains(page)).count();
+    (125..600).step_by(25).for_each(|page| planner.fault(page, true));
+    planner.set_age(Duration::ZERO);
+    assert_eq!(between(&next(&mut planner, 3000)), 0, "twenty waits are chance");
+    (600..1000).step_by(25).for_each(|page| planner.fault(page, true));
+    planner.set_age(Duration::ZERO);
+    assert_eq!(between(&next(&mut planner, 3000)), 36, "nearly forty are not, and bring all that is late");
 }
 
 #[test]
