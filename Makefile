@@ -33,7 +33,7 @@ test-full: check ## The same, longer: more rounds, more seeds, more kills.
 fuzz: setup ## Every decoder against edited bytes, FUZZ_SECONDS (60) for each.
 	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(CARGO) test --release --workspace --lib -- fuzz:: --nocapture --test-threads 1
 
-bench: bench-fork bench-store bench-prefetch ## All benchmarks; `make bench-NAME` runs one, results in target/bench/NAME.json.
+bench: bench-fork bench-store bench-prefetch ## All benchmarks; `make bench-NAME` runs one, results in target/bench/NAME.json; bench-prefetch-full has more servers.
 
 bench-%: build
 	$(TARGET)/release/offshoot-bench $*

@@ -9,10 +9,11 @@ fn main() -> ExitCode {
         Some("demo") => demo(),
         Some("fork") => fork(),
         Some("store") => store(&words[1..]),
-        Some("prefetch") => prefetch(&words[1..]),
+        Some("prefetch") => prefetch(&words[1..], false),
+        Some("prefetch-full") => prefetch(&words[1..], true),
         // What the benchmark starts for itself.
         Some("line") => bench::prefetch::line::serve(&words[1..]),
-        _ => Err("usage: offshoot-bench demo|fork|store|prefetch [PART…]".into()),
+        _ => Err("usage: offshoot-bench demo|fork|store|prefetch|prefetch-full [PART…]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -39,9 +40,9 @@ fn store(parts: &[String]) -> bench::Outcome {
     bench::stores::run(&program()?, &home("bench-store"), &target.join("bench/store.json"), parts)
 }
 
-fn prefetch(parts: &[String]) -> bench::Outcome {
+fn prefetch(parts: &[String], full: bool) -> bench::Outcome {
     let target = bench::build_directory();
-    bench::prefetch::run(&program()?, &home("bench-prefetch"), &target, parts)
+    bench::prefetch::run(&program()?, &home("bench-prefetch"), &target, parts, full)
 }
 
 /// Where a run keeps its home: beside what it builds, unless sockets below so long a path have no room for their

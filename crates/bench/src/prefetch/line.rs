@@ -10,8 +10,9 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-/// Added to each round trip.
-pub(super) const ROUND_TRIP: Duration = Duration::from_millis(20);
+/// Added to each round trip: a store in another region, and in a full measurement one in the same building.
+pub(super) const FAR: Duration = Duration::from_millis(20);
+pub(super) const NEAR: Duration = Duration::from_millis(1);
 
 /// The line; gone when dropped.
 pub(super) struct Line(Child);
@@ -24,12 +25,12 @@ impl Drop for Line {
 }
 
 impl Line {
-    /// From `port` of the origin to its port `to`.
-    pub(super) fn start(network: &Network, port: u16, to: u16) -> Outcome<Self> {
+    /// From `port` of the origin to its port `to`, each round trip so much longer.
+    pub(super) fn start(network: &Network, port: u16, to: u16, longer: Duration) -> Outcome<Self> {
         let address = Place::Origin.address();
         let (from, to) = (format!("{address}:{port}"), format!("{address}:{to}"));
         let mut command = network.command(Place::Origin, std::env::current_exe()?);
-        let mut line = Self(command.args(["line", &from, &to]).spawn()?);
+        let mut line = Self(command.args(["line", &from, &to, &longer.as_micros().to_string()]).spawn()?);
         let end = Instant::now() + Duration::from_secs(10);
         let there = || Ok(TcpStream::connect(&from).is_ok());
         while !network.within(Place::Origin, there)? {
@@ -47,14 +48,16 @@ impl Line {
 /// # Errors
 /// Where it cannot listen.
 pub fn serve(words: &[String]) -> Outcome {
-    let [from, to] = words else { return Err(Failure::from("usage: offshoot-bench line FROM TO")) };
+    let usage = || Failure::from("usage: offshoot-bench line FROM TO MICROSECONDS");
+    let [from, to, longer] = words else { return Err(usage()) };
+    let each_way = Duration::from_micros(longer.parse().map_err(|_| usage())?) / 2;
     let listener = TcpListener::bind(from)?;
     for client in listener.incoming().flatten() {
         let Ok(server) = TcpStream::connect(to) else { continue };
         let (Ok(answers), Ok(asker)) = (server.try_clone(), client.try_clone()) else { continue };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
-        std::thread::spawn(move || pass(client, server, ROUND_TRIP / 2));
-        std::thread::spawn(move || pass(answers, asker, ROUND_TRIP / 2));
+        std::thread::spawn(move || pass(client, server, each_way));
+        std::thread::spawn(move || pass(answers, asker, each_way));
     }
     Ok(())
 }

@@ -1,11 +1,14 @@
 //! `make bench-prefetch`: what colors and foresight are worth, on real guests from a store far away.
 //!
 //! - `colors`: every kernel's colors against what that kernel says ([`crate::colors`]).
+//! - `boot`: the guest booted from its image on cold nodes, before and behind one that taught.
+//! - `windows`: how many pages of a color a fault should bring.
 //! - `policies`: redis, PostgreSQL and a web application under every policy: faults, bytes, times.
 //! - `crowd`: many offshoots of one template on a node.
 //! - `dial`: from lazy to eager.
 //! - `programs`: programs bound by processor and memory on a cold offshoot.
 
+mod boot;
 mod crowd;
 mod dial;
 mod judge;
@@ -13,11 +16,13 @@ pub mod line;
 mod policies;
 mod programs;
 mod servers;
+mod windows;
 mod world;
 
 use crate::report::Figure;
 use crate::{Outcome, report};
 use serde::Serialize;
+use servers::Server;
 use std::path::Path;
 use world::World;
 
@@ -25,22 +30,32 @@ const COMMAND: &str = "make bench-prefetch";
 
 /// A part that needs the world.
 type Part = fn(&mut World, &Path) -> Outcome<Vec<Figure>>;
-const PARTS: [(&str, Part); 4] =
-    [("policies", policies::run), ("crowd", crowd::run), ("dial", dial::run), ("programs", programs::run)];
+const PARTS: [(&str, Part); 6] = [
+    ("windows", windows::run),
+    ("policies", policies::run),
+    ("crowd", crowd::run),
+    ("dial", dial::run),
+    ("programs", programs::run),
+    // Last: it changes how the image lies in the store.
+    ("boot", boot::run),
+];
 const COLORS: &str = "colors";
 
-/// Measures everything, or the parts that `only` names, and writes `to`. Guests for colors are kept in `target`.
+/// Measures everything, or the parts that `only` names, and writes `bench/prefetch.json` in `target`, where guests for
+/// colors are kept. In full: with two more servers, and over a short line beside the long one; `bench/prefetch-full.json`.
 ///
 /// # Errors
 /// What could not be measured, and why.
-pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String]) -> Outcome {
+pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String], full: bool) -> Outcome {
     let known = || PARTS.iter().map(|(part, _)| *part).chain([COLORS]);
     if let Some(unknown) = only.iter().find(|name| known().all(|part| part != **name)) {
         let known: Vec<&str> = known().collect();
         return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
     }
     let wanted = |part: &str| only.is_empty() || only.iter().any(|name| name == part);
-    let (to, plots) = (target.join("bench/prefetch.json"), target.join("bench/plots"));
+    let (name, servers) = if full { ("prefetch-full", &Server::FULL[..]) } else { ("prefetch", &Server::USUAL[..]) };
+    let bench = target.join("bench");
+    let (to, plots) = (bench.join(name).with_extension("json"), bench.join(if full { "plots-full" } else { "plots" }));
     let (mut figures, mut failed) = (Vec::new(), Vec::new());
     // What was measured lasts, whatever becomes of the parts that follow.
     let mut keep = |name: &'static str, found: Outcome<Vec<Figure>>| -> Outcome {
@@ -55,10 +70,10 @@ pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String]) -> Outcom
     };
     if wanted(COLORS) {
         println!("-- {COLORS}");
-        keep(COLORS, crate::colors::matrix::run(&target.join("colors"), &target.join("bench/colors.md"), &[]))?;
+        keep(COLORS, crate::colors::matrix::run(&target.join("colors"), &bench.join("colors.md"), &[]))?;
     }
     if PARTS.iter().any(|(part, _)| wanted(part)) {
-        let mut world = World::new(program, dir, &target.join("bench"))?;
+        let mut world = World::new(program, dir, &if full { bench.join("full") } else { bench }, servers)?;
         for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
             println!("-- {name}");
             keep(name, part(&mut world, &plots))?;

@@ -4,6 +4,7 @@
 mod tests;
 
 use super::judge::{Case, Plotted, Seen, mib};
+use super::line::{FAR, NEAR};
 use super::servers::Server;
 use super::world::{Profile, World};
 use super::{COMMAND, save_raw};
@@ -36,6 +37,15 @@ const TRAINED: [(&str, &str, bool); 9] = [
     ("twinkle", "twinkle:64,4", false),
     ("all", "all", false),
 ];
+/// The same at the end of a short line, in a full measurement.
+const UNTRAINED_NEAR: [(&str, &str, bool); 2] =
+    [("none untrained, near", "none", false), ("auto untrained, near", "auto", false)];
+const TRAINED_NEAR: [(&str, &str, bool); 4] = [
+    ("all-local, near", "none", true),
+    ("none, near", "none", false),
+    ("auto, near", "auto", false),
+    ("replay, near", "replay", false),
+];
 /// What `auto` is compared with: policies that anybody could choose.
 const OTHERS: [&str; 6] = ["readahead", "color", "replay", "intersect", "twinkle", "all"];
 
@@ -49,7 +59,7 @@ struct Judged {
 /// Runs them all, in so many rounds.
 pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
     let mut judged: Vec<Judged> = Vec::new();
-    for server in Server::chosen() {
+    for server in world.chosen() {
         let mut judge = |world: &World, cases: &[(&'static str, &str, bool)], profile: Option<&Profile>| -> Outcome {
             for round in 0..world.rounds {
                 for &(case, policy, local) in cases.iter().filter(|(case, ..)| super::is_chosen("CASES", case)) {
@@ -62,9 +72,19 @@ pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
             Ok(())
         };
         judge(world, &UNTRAINED, None)?;
+        if world.is_full() {
+            world.set_line(NEAR)?;
+            judge(world, &UNTRAINED_NEAR, None)?;
+            world.set_line(FAR)?;
+        }
         if TRAINED.iter().any(|(case, ..)| super::is_chosen("CASES", case)) {
             let profile = world.trained(server, if world.quick { 2 } else { TEACHERS })?;
             judge(world, &TRAINED, Some(&profile))?;
+            if world.is_full() {
+                world.set_line(NEAR)?;
+                judge(world, &TRAINED_NEAR, Some(&profile))?;
+                world.set_line(FAR)?;
+            }
         }
         save_raw(&world.raw, "prefetch-policies", &judged.iter().map(|j| (j.case, &j.seen)).collect::<Vec<_>>())?;
     }
@@ -76,6 +96,11 @@ pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
     Ok(figures(&judged))
 }
 
+/// Those that were judged, in their order.
+fn servers(judged: &[Judged]) -> Vec<Server> {
+    Server::FULL.into_iter().filter(|server| judged.iter().any(|j| j.server == *server)).collect()
+}
+
 /// The repetitions of a case of a server, told in a number.
 fn of(judged: &[Judged], case: &str, server: Server, value: &dyn Fn(&Seen) -> f64) -> Vec<f64> {
     judged.iter().filter(|j| j.case == case && j.server == server).map(|j| value(&j.seen)).collect()
@@ -84,10 +109,10 @@ fn of(judged: &[Judged], case: &str, server: Server, value: &dyn Fn(&Seen) -> f6
 /// By server: the median of one case over that of another.
 fn ratios(judged: &[Judged], ours: &str, theirs: &str, value: &dyn Fn(&Seen) -> f64) -> Vec<f64> {
     let median = |case, server| crate::report::median(&of(judged, case, server, value));
-    Server::ALL.iter().map(|&server| median(ours, server) / median(theirs, server).max(1e-9)).collect()
+    servers(judged).into_iter().map(|server| median(ours, server) / median(theirs, server).max(1e-9)).collect()
 }
 
-/// Judged by the worst of the servers; `runs` are the servers' in the order of [`Server::ALL`].
+/// Judged by the worst of the servers; `runs` are the servers' in the order of [`Server::FULL`].
 fn worst(name: &str, unit: &str, runs: Vec<f64>) -> Figure {
     let value = runs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     Figure { value, ..Figure::new(name, unit, runs, COMMAND) }
@@ -100,10 +125,10 @@ fn figures(judged: &[Judged]) -> Vec<Figure> {
     let least = |value: &dyn Fn(&Seen) -> f64| -> Vec<f64> {
         let median = |case, server| crate::report::median(&of(judged, case, server, value));
         let best = |server| OTHERS.iter().map(|case| median(case, server)).fold(f64::INFINITY, f64::min);
-        Server::ALL.iter().map(|&server| median("auto", server) / best(server).max(1.0)).collect()
+        servers(judged).into_iter().map(|server| median("auto", server) / best(server).max(1.0)).collect()
     };
     let trained = |value: &dyn Fn(&Seen) -> f64| -> Vec<f64> {
-        Server::ALL.iter().map(|&server| crate::report::median(&of(judged, "auto", server, value))).collect()
+        servers(judged).into_iter().map(|server| crate::report::median(&of(judged, "auto", server, value))).collect()
     };
     let mut gain = ratios(judged, "auto untrained", "plain untrained", &blocked);
     gain.sort_by(f64::total_cmp);
@@ -122,7 +147,7 @@ fn figures(judged: &[Judged]) -> Vec<Figure> {
     let over = |ours: &[f64], theirs: &[f64]| -> Vec<f64> {
         ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs.max(1e-9)).collect()
     };
-    vec![
+    let mut figures = vec![
         // `none` is a store in which nobody has any foresight: the layout is part of that. The same behind the layout, beside.
         worst("blocking_trained", "x", ratios(judged, "auto", "none untrained", &blocked)).asked("<=", 0.05),
         worst("blocking_trained_in_layout", "x", ratios(judged, "auto", "none", &blocked)),
@@ -135,17 +160,26 @@ fn figures(judged: &[Judged]) -> Vec<Figure> {
         worst("ram_over_touched", "x", trained(&Seen::brought_over_touched)),
         worst("faults_vs_best", "x", least(&blocked)).asked("<=", 1.05),
         worst("bytes_vs_best", "x", least(&bytes)).asked("<=", 1.05),
-        // The second best of the servers: the middle one of three.
+        // The second best of the servers.
         Figure { value: gain[1], ..Figure::new("color_gain", "x", gain.clone(), COMMAND) }.asked("<=", 0.9),
         worst("layout_bytes_ratio", "x", ratios(judged, "none", "none untrained", &bytes)),
         Figure::new("free_bytes_fetched", "bytes", vec![free as f64], COMMAND).asked("<=", 0.0),
-    ]
+    ];
+    if judged.iter().any(|j| j.case == "auto, near") {
+        let near = |ours, theirs, value| ratios(judged, ours, theirs, value);
+        figures.extend([
+            worst("blocking_trained_near", "x", near("auto, near", "none untrained, near", &blocked)),
+            worst("blocking_untrained_near", "x", near("auto untrained, near", "none untrained, near", &blocked)),
+            worst("first_answer_ratio_near", "x", near("auto, near", "all-local, near", &first)),
+        ]);
+    }
+    figures
 }
 
 /// By server: seconds in which fewer than 95% of the warm answers came, and seconds' worth of answers that did not come.
 /// Warm is the median second of the later half of the all-local offshoot.
 fn slow_seconds(judged: &[Judged], case: &str) -> (Vec<f64>, Vec<f64>) {
-    let of_server = |&server: &Server| {
+    let of_server = |server: Server| {
         let rates = |case: &str| -> Vec<Vec<f64>> {
             judged.iter().filter(|j| j.case == case && j.server == server).map(|j| j.seen.rates()).collect()
         };
@@ -159,11 +193,11 @@ fn slow_seconds(judged: &[Judged], case: &str) -> (Vec<f64>, Vec<f64>) {
         }
         (crate::report::median(&slow), crate::report::median(&lost))
     };
-    Server::ALL.iter().map(of_server).unzip()
+    servers(judged).into_iter().map(of_server).unzip()
 }
 
 fn plot(judged: &[Judged], dir: &Path) -> Outcome {
-    let groups: Vec<String> = Server::ALL.iter().map(|server| server.name().to_owned()).collect();
+    let groups: Vec<String> = servers(judged).iter().map(|server| server.name().to_owned()).collect();
     let kinds: [Plotted; 3] = [
         ("prefetch-faults", "Faults that waited for the origin", "faults", |seen| seen.blocked as f64),
         ("prefetch-bytes", "Bytes of packs that came over the line", "MiB", |seen| mib(seen.fetched_bytes)),
@@ -173,10 +207,10 @@ fn plot(judged: &[Judged], dir: &Path) -> Outcome {
         for (part, cases) in [("", &TRAINED[1..]), ("-untrained", &UNTRAINED[..])] {
             let series = cases.iter().map(|(case, ..)| Series {
                 name: (*case).into(),
-                points: Server::ALL
-                    .iter()
+                points: servers(judged)
+                    .into_iter()
                     .enumerate()
-                    .map(|(x, &server)| Point { x: x as f64, runs: of(judged, case, server, &value) })
+                    .map(|(x, server)| Point { x: x as f64, runs: of(judged, case, server, &value) })
                     .collect(),
             });
             let bars = Bars {
@@ -194,7 +228,7 @@ fn plot(judged: &[Judged], dir: &Path) -> Outcome {
 
 /// What each policy had brought to the node over time, for one server each.
 fn footprints(judged: &[Judged], dir: &Path) -> Outcome {
-    for server in Server::ALL {
+    for server in servers(judged) {
         let series = ["none", "color", "auto untrained", "auto", "replay", "all"].iter().filter_map(|case| {
             let found = judged.iter().find(|j| j.case == *case && j.server == server)?;
             let points = found.seen.samples.iter();

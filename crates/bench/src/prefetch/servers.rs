@@ -17,8 +17,10 @@ const HOT: u64 = 800;
 /// Rows of pgbench's table of accounts, and of one branch.
 const ACCOUNTS: u64 = 200_000;
 const BRANCH: u64 = 100_000;
-/// Items of the shop.
+/// Items of the shops.
 const ITEMS: u64 = 12_000;
+/// Files of nginx.
+pub(super) const FILES: u64 = 3000;
 /// A request that takes longer is a failure.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -31,6 +33,8 @@ pub(super) enum Server {
     Redis,
     Postgres,
     Web,
+    Nginx,
+    Jvm,
 }
 
 /// Whose requests: those an offshoot was trained on, or others.
@@ -41,18 +45,17 @@ pub(super) enum Set {
 }
 
 impl Server {
-    pub(super) const ALL: [Self; 3] = [Self::Redis, Self::Postgres, Self::Web];
-
-    /// Those that `BENCH_SERVERS` names.
-    pub(super) fn chosen() -> Vec<Self> {
-        Self::ALL.into_iter().filter(|server| super::is_chosen("SERVERS", server.name())).collect()
-    }
+    pub(super) const USUAL: [Self; 3] = [Self::Redis, Self::Postgres, Self::Web];
+    /// Those of a full measurement.
+    pub(super) const FULL: [Self; 5] = [Self::Redis, Self::Postgres, Self::Web, Self::Nginx, Self::Jvm];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Redis => "redis",
             Self::Postgres => "postgresql",
             Self::Web => "web",
+            Self::Nginx => "nginx",
+            Self::Jvm => "jvm",
         }
     }
 
@@ -62,6 +65,8 @@ impl Server {
             Self::Redis => 600,
             Self::Postgres => 40,
             Self::Web => 60,
+            Self::Nginx => 300,
+            Self::Jvm => 60,
         }
     }
 
@@ -71,6 +76,8 @@ impl Server {
             Self::Redis => 6379,
             Self::Postgres => 5432,
             Self::Web => 80,
+            Self::Nginx => 8081,
+            Self::Jvm => 8082,
         }
     }
 }
@@ -175,7 +182,7 @@ impl Session {
         match self.server {
             Server::Redis => self.redis = Some(Redis::connect(self.address)?),
             Server::Postgres => self.postgres = Some(Postgres::connect(self.address, limit)?),
-            Server::Web => {}
+            Server::Web | Server::Nginx | Server::Jvm => {}
         }
         Ok(())
     }
@@ -189,6 +196,8 @@ impl Session {
             Server::Redis => self.ask_redis(limit),
             Server::Postgres => self.transaction(limit),
             Server::Web => self.page(limit),
+            Server::Nginx => self.file(limit),
+            Server::Jvm => self.order(limit),
         }
     }
 
@@ -248,6 +257,23 @@ impl Session {
         let path = match (self.set, self.dice.below(20)) {
             (Set::A, 0..4) | (Set::B, 0..3) => format!("/report/{}", item % 100),
             (Set::B, 3..8) => format!("/search?word={}", self.dice.below(4000)),
+            _ => format!("/item/{item}"),
+        };
+        get(self.address, &path, limit).map(drop)
+    }
+
+    /// A file that nginx has in its page cache; nine of ten are of a hot tenth.
+    fn file(&mut self, limit: Duration) -> Outcome {
+        let file = if self.dice.below(10) < 9 { self.dice.below(FILES / 10) * 10 } else { self.dice.below(FILES) };
+        get(self.address, &format!("/{file}"), limit).map(drop)
+    }
+
+    /// Something of the shop on the JVM: an order, an item, or in set B also a search.
+    fn order(&mut self, limit: Duration) -> Outcome {
+        let item = if self.dice.below(10) < 7 { self.dice.below(ITEMS / 20) * 20 } else { self.dice.below(ITEMS) };
+        let path = match (self.set, self.dice.below(20)) {
+            (_, 0..6) => format!("/order/{item}"),
+            (Set::B, 6..10) => format!("/search/{}", self.dice.below(4000)),
             _ => format!("/item/{item}"),
         };
         get(self.address, &path, limit).map(drop)

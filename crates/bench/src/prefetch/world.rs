@@ -4,8 +4,8 @@
 //! origin's S3 server over a [`Line`]. One guest runs all three servers and the programs, warm; each has a snapshot of
 //! its own, and thereby a profile of its own.
 
-use super::line::Line;
-use super::servers::{Server, Session, Set, Work, fill_postgres, fill_redis, get};
+use super::line::{FAR, Line};
+use super::servers::{FILES, Server, Session, Set, Work, fill_postgres, fill_redis, get};
 use crate::guest::Guest;
 use crate::host::{Host, free_ports};
 use crate::stores::deploy::net::{Network, Place};
@@ -18,8 +18,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Bytes of RAM of the guest.
-pub(super) const MEMORY: u64 = 512 << 20;
+/// Bytes of RAM of the guest, and of one with more servers.
+const MEMORY: u64 = 512 << 20;
+const MEMORY_FULL: u64 = 768 << 20;
 const LINE_PORT: u16 = 8334;
 const PREFIX: &str = "fleet";
 /// The VM whose snapshots are the templates.
@@ -32,12 +33,13 @@ const BOOT: Duration = Duration::from_secs(900);
 const PREPARE: &str = include_str!("../../../node/src/image/recipe/prepare.sh");
 const CUSTOMIZE: &str = include_str!("../../../node/src/image/recipe/customize.sh");
 /// Files from which the guest is built.
-const FILES: [(&str, &str); 7] = [
+const RECIPE: [(&str, &str); 8] = [
     ("prepare.sh", PREPARE),
     ("customize.sh", CUSTOMIZE),
     ("build.sh", include_str!("guest/build.sh")),
     ("servers.sh", include_str!("guest/servers.sh")),
     ("app.py", include_str!("guest/app.py")),
+    ("Shop.java", include_str!("guest/Shop.java")),
     ("programs.sh", include_str!("guest/programs.sh")),
     ("chase.c", include_str!("guest/chase.c")),
 ];
@@ -49,6 +51,8 @@ pub(super) struct World {
     dir: PathBuf,
     /// Short and few.
     pub(super) quick: bool,
+    /// Those of the guest.
+    pub(super) servers: &'static [Server],
     /// Repetitions of what is repeated.
     pub(super) rounds: u64,
     /// Where raw measurements go.
@@ -56,7 +60,7 @@ pub(super) struct World {
     /// Where templates are kept.
     kept: Option<PathBuf>,
     // In this order: servers end before the network goes.
-    _line: Line,
+    line: Option<Line>,
     weed: Child,
     pub(super) network: Network,
 }
@@ -93,8 +97,8 @@ impl Drop for Node<'_> {
 pub(super) struct Profile(Vec<u8>);
 
 impl World {
-    /// Sets all up and makes the templates; files go to `dir`.
-    pub(super) fn new(program: &Path, dir: &Path, raw: &Path) -> Outcome<Self> {
+    /// Sets all up and makes the templates of these servers; files go to `dir`.
+    pub(super) fn new(program: &Path, dir: &Path, raw: &Path, servers: &'static [Server]) -> Outcome<Self> {
         let asked = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty() && v != "0");
         let rounds = asked("BENCH_ROUNDS").and_then(|n| n.parse().ok()).unwrap_or(1);
         // First, so that what an earlier run left is gone before its files are.
@@ -109,6 +113,7 @@ impl World {
         // next run.
         let origin = dir.join("origin");
         let kept = std::env::var_os("BENCH_TEMPLATES").map(PathBuf::from);
+        let kept = kept.map(|kept| if is_full(servers) { kept.join("full") } else { kept });
         let complete = kept.as_ref().map(|kept| kept.join("complete"));
         let are_kept = complete.as_ref().is_some_and(|complete| complete.exists());
         match &kept {
@@ -116,10 +121,10 @@ impl World {
             _ => std::fs::create_dir_all(&origin)?,
         }
         let server = weed(&network, &origin)?;
-        let line = Line::start(&network, LINE_PORT, S3_PORT)?;
+        let line = Some(Line::start(&network, LINE_PORT, S3_PORT, FAR)?);
         let (quick, raw) = (asked("BENCH_QUICK").is_some(), raw.to_owned());
         let (program, dir) = (program.to_owned(), dir.to_owned());
-        let mut world = Self { program, dir, quick, rounds, raw, kept: None, _line: line, weed: server, network };
+        let mut world = Self { program, dir, quick, servers, rounds, raw, kept: None, line, weed: server, network };
         if !are_kept {
             let guest = world.build()?;
             let began = Instant::now();
@@ -134,6 +139,26 @@ impl World {
         }
         world.kept = kept;
         Ok(world)
+    }
+
+    /// Those of the servers that `BENCH_SERVERS` names.
+    pub(super) fn chosen(&self) -> Vec<Server> {
+        self.servers.iter().copied().filter(|server| super::is_chosen("SERVERS", server.name())).collect()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        is_full(self.servers)
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        if self.is_full() { MEMORY_FULL } else { MEMORY }
+    }
+
+    /// Makes round trips to the origin longer by so much.
+    pub(super) fn set_line(&mut self, longer: Duration) -> Outcome {
+        self.line = None;
+        self.line = Some(Line::start(&self.network, LINE_PORT, S3_PORT, longer)?);
+        Ok(())
     }
 
     /// Does something with the origin's files, under no server that writes them.
@@ -172,24 +197,26 @@ impl World {
     /// Builds the guest, or finds it where guests are kept.
     fn build(&self) -> Outcome<PathBuf> {
         let mut hash = blake3::Hasher::new();
-        for (name, text) in FILES {
+        for (name, text) in RECIPE {
             hash.update(name.as_bytes()).update(text.as_bytes());
         }
         let cache = std::env::var_os("OFFSHOOT_CACHE").map_or_else(|| self.dir.with_file_name("guest"), PathBuf::from);
-        let place = cache.join(format!("shop-{}", &hash.finalize().to_hex()[..16]));
+        let more = if self.is_full() { "more" } else { "" };
+        let place = cache.join(format!("shop{more}-{}", &hash.finalize().to_hex()[..16]));
         let recipe = self.dir.join("recipe");
         for dir in [&cache, &recipe] {
             std::fs::create_dir_all(dir)?;
         }
-        for (name, text) in FILES {
+        for (name, text) in RECIPE {
             std::fs::write(recipe.join(name), text)?;
         }
         if !place.join("complete").exists() {
-            println!("building the guest of redis, PostgreSQL and a web application");
+            let names: Vec<&str> = self.servers.iter().map(|server| server.name()).collect();
+            println!("building the guest of {}", names.join(", "));
         }
         let mut build = Command::new("sh");
         build.arg(recipe.join("build.sh")).arg(&place);
-        build.args([recipe.join("prepare.sh"), recipe.join("customize.sh"), recipe]).stdin(Stdio::null());
+        build.args([recipe.join("prepare.sh"), recipe.join("customize.sh"), recipe]).arg(more).stdin(Stdio::null());
         finish(&mut build)?;
         Ok(place)
     }
@@ -220,22 +247,12 @@ impl World {
         let (kernel, initrd) = (part("kernel"), part("initrd"));
         let boot = ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", CMDLINE];
         host.command(&[&["image", "import", &part("disk.raw"), "--name", TEMPLATE][..], &boot].concat())?;
-        let request = RunRequest {
-            name: Some(TEMPLATE.into()),
-            from: From::Image(TEMPLATE.into()),
-            memory_bytes: Some(MEMORY),
-            cpus: Some(1),
-            publish: publish()?,
-            accelerator: None,
-            append: None,
-            prefetch: None,
-            eager: None,
-            learn: None,
-        };
+        let request = request(TEMPLATE, From::Image(TEMPLATE.into()), self.servers)?;
+        let request = RunRequest { memory_bytes: Some(self.memory_bytes()), cpus: Some(1), ..request };
         let vm: Vm = host.client.post("/v1/vms", &request)?;
         let began = Instant::now();
         let address = |server: Server| published(&vm, server.port());
-        await_all(&vm, BOOT)?;
+        await_all(&vm, self.servers, BOOT)?;
         println!("the guest serves after {:.0} s", began.elapsed().as_secs_f64());
         fill_redis(address(Server::Redis)?)?;
         fill_postgres(address(Server::Postgres)?)?;
@@ -248,7 +265,13 @@ impl World {
         }
         println!("programs warmed after {:.0} s", began.elapsed().as_secs_f64());
         self.snapshot(host, PROGRAMS)?;
-        for server in Server::ALL {
+        if self.is_full() {
+            // Into its page cache.
+            for file in 0..FILES {
+                get(address(Server::Nginx)?, &format!("/{file}"), minutes)?;
+            }
+        }
+        for &server in self.servers {
             let work = Work { busy: Duration::from_secs(5), answers: server.answers() };
             Session::new(server, address(server)?, Set::A, 0).drive(Instant::now(), work, || Ok(()))?;
             self.snapshot(host, server.name())?;
@@ -316,19 +339,28 @@ impl Node<'_> {
         (prefetch, eager): (&str, Option<f32>),
         learn: bool,
     ) -> Outcome<Vm> {
-        let request = RunRequest {
-            name: Some(name.into()),
-            from: From::Snapshot(format!("{TEMPLATE}@{tag}")),
-            memory_bytes: None,
-            cpus: None,
-            publish: publish()?,
-            accelerator: None,
-            append: None,
-            prefetch: Some(prefetch.into()),
-            eager,
-            learn: Some(learn),
-        };
+        let from = From::Snapshot(format!("{TEMPLATE}@{tag}"));
+        self.run(RunRequest { prefetch: Some(prefetch.into()), eager, learn: Some(learn), ..self.request(name, from)? })
+    }
+
+    /// Boots the image that the templates came from.
+    pub(super) fn boot(&self, name: &str, prefetch: &str, learn: bool) -> Outcome<Vm> {
+        let request = self.request(name, From::Image(TEMPLATE.into()))?;
+        let (memory_bytes, cpus) = (Some(self.world.memory_bytes()), Some(1));
+        self.run(RunRequest { memory_bytes, cpus, prefetch: Some(prefetch.into()), learn: Some(learn), ..request })
+    }
+
+    fn run(&self, request: RunRequest) -> Outcome<Vm> {
         Ok(self.host.client.post("/v1/vms", &request)?)
+    }
+
+    fn request(&self, name: &str, from: From) -> Outcome<RunRequest> {
+        request(name, from, self.world.servers)
+    }
+
+    /// Waits until all servers of a VM answer something.
+    pub(super) fn await_all(&self, vm: &Vm) -> Outcome {
+        await_all(vm, self.world.servers, BOOT)
     }
 
     /// Fetches all of a snapshot into the node's cache.
@@ -353,6 +385,11 @@ impl Node<'_> {
         self.said(&[" pages moved; ", " pages lie well", "is not laid down"])
     }
 
+    /// The same of disks.
+    pub(super) fn disks_laid_down(&self) -> Outcome<usize> {
+        self.said(&[" blocks moved; ", " blocks lie well"])
+    }
+
     fn said(&self, words: &[&str]) -> Outcome<usize> {
         let log = std::fs::read_to_string(self.host.home.join("run/daemon.log"))?;
         Ok(log.lines().filter(|line| words.iter().any(|word| line.contains(word))).count())
@@ -363,9 +400,29 @@ fn copy_tree(from: &Path, to: &Path) -> Outcome {
     finish(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(from).arg(to)).map(drop)
 }
 
-fn publish() -> Outcome<Vec<String>> {
-    let base = free_ports(3)?;
-    Ok(Server::ALL.iter().zip(base..).map(|(server, port)| format!("127.0.0.1:{port}:{}", server.port())).collect())
+/// What is asked for where nothing else is said.
+fn request(name: &str, from: From, servers: &[Server]) -> Outcome<RunRequest> {
+    Ok(RunRequest {
+        name: Some(name.into()),
+        from,
+        memory_bytes: None,
+        cpus: None,
+        publish: publish(servers)?,
+        accelerator: None,
+        append: None,
+        prefetch: None,
+        eager: None,
+        learn: None,
+    })
+}
+
+fn publish(servers: &[Server]) -> Outcome<Vec<String>> {
+    let base = free_ports(servers.len() as u16)?;
+    Ok(servers.iter().zip(base..).map(|(server, port)| format!("127.0.0.1:{port}:{}", server.port())).collect())
+}
+
+fn is_full(servers: &[Server]) -> bool {
+    servers.len() > Server::USUAL.len()
 }
 
 /// Where a port of a VM's is published.
@@ -376,11 +433,21 @@ pub(super) fn published(vm: &Vm, port: u16) -> Outcome<SocketAddr> {
 }
 
 /// Waits until all servers answer something.
-fn await_all(vm: &Vm, limit: Duration) -> Outcome {
+fn await_all(vm: &Vm, servers: &[Server], limit: Duration) -> Outcome {
     let end = Instant::now() + limit;
     let answers = || -> Outcome {
-        get(published(vm, Server::Web.port())?, "/", Duration::from_secs(5))?;
-        super::servers::reach_postgres(published(vm, Server::Postgres.port())?)
+        let patience = Duration::from_secs(5);
+        for server in servers {
+            let address = published(vm, server.port())?;
+            match server {
+                Server::Postgres => super::servers::reach_postgres(address)?,
+                Server::Nginx => drop(get(address, "/0", patience)?),
+                Server::Web | Server::Jvm => drop(get(address, "/", patience)?),
+                // It is there long before these.
+                Server::Redis => {}
+            }
+        }
+        Ok(())
     };
     while let Err(error) = answers() {
         if Instant::now() > end {
