@@ -59,34 +59,25 @@ struct Judged {
 /// Runs them all, in so many rounds.
 pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
     let mut judged: Vec<Judged> = Vec::new();
+    // All before anybody teaches: snapshots of one guest share pages, and what one server taught moves them for all.
     for server in world.chosen() {
-        let mut judge = |world: &World, cases: &[(&'static str, &str, bool)], profile: Option<&Profile>| -> Outcome {
-            for round in 0..world.rounds {
-                for &(case, policy, local) in cases.iter().filter(|(case, ..)| super::is_chosen("CASES", case)) {
-                    let trained = profile.is_some();
-                    let of = Case { server: server.name(), policy: policy.into(), eager: None, trained, local };
-                    let seen = world.judge(&of, server, profile, 100 + round)?;
-                    judged.push(Judged { case, server, seen });
-                }
-            }
-            Ok(())
-        };
-        judge(world, &UNTRAINED, None)?;
+        judge(world, server, &UNTRAINED, None, &mut judged)?;
         if world.is_full() {
             world.set_line(NEAR)?;
-            judge(world, &UNTRAINED_NEAR, None)?;
+            judge(world, server, &UNTRAINED_NEAR, None, &mut judged)?;
             world.set_line(FAR)?;
         }
-        if TRAINED.iter().any(|(case, ..)| super::is_chosen("CASES", case)) {
-            let profile = world.trained(server, if world.quick { 2 } else { TEACHERS })?;
-            judge(world, &TRAINED, Some(&profile))?;
-            if world.is_full() {
-                world.set_line(NEAR)?;
-                judge(world, &TRAINED_NEAR, Some(&profile))?;
-                world.set_line(FAR)?;
-            }
+    }
+    let servers =
+        if TRAINED.iter().any(|(case, ..)| super::is_chosen("CASES", case)) { world.chosen() } else { vec![] };
+    for server in servers {
+        let profile = world.trained(server, if world.quick { 2 } else { TEACHERS })?;
+        judge(world, server, &TRAINED, Some(&profile), &mut judged)?;
+        if world.is_full() {
+            world.set_line(NEAR)?;
+            judge(world, server, &TRAINED_NEAR, Some(&profile), &mut judged)?;
+            world.set_line(FAR)?;
         }
-        save_raw(&world.raw, "prefetch-policies", &judged.iter().map(|j| (j.case, &j.seen)).collect::<Vec<_>>())?;
     }
     if ["SERVERS", "CASES"].iter().any(|what| std::env::var_os(format!("BENCH_{what}")).is_some()) {
         println!("a part of the servers and cases makes no figures");
@@ -94,6 +85,25 @@ pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
     }
     plot(&judged, plots)?;
     Ok(figures(&judged))
+}
+
+/// Runs cases of one server, and keeps what was measured until then.
+fn judge(
+    world: &World,
+    server: Server,
+    cases: &[(&'static str, &str, bool)],
+    profile: Option<&Profile>,
+    judged: &mut Vec<Judged>,
+) -> Outcome {
+    for round in 0..world.rounds {
+        for &(case, policy, local) in cases.iter().filter(|(case, ..)| super::is_chosen("CASES", case)) {
+            let trained = profile.is_some();
+            let of = Case { server: server.name(), policy: policy.into(), eager: None, trained, local };
+            let seen = world.judge(&of, server, profile, 100 + round)?;
+            judged.push(Judged { case, server, seen });
+        }
+    }
+    save_raw(&world.raw, "prefetch-policies", &judged.iter().map(|j| (j.case, &j.seen)).collect::<Vec<_>>())
 }
 
 /// Those that were judged, in their order.
