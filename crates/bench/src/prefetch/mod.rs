@@ -1,14 +1,12 @@
 //! `make bench-prefetch`: what colors and foresight are worth, on real guests from a store far away.
 //!
 //! - `colors`: every kernel's colors against what that kernel says ([`crate::colors`]).
-//! - `boot`: the guest booted from its image on cold nodes, before and behind one that taught.
 //! - `windows`: how many pages of a color a fault should bring.
 //! - `policies`: redis, PostgreSQL and a web application under every policy: faults, bytes, times.
 //! - `crowd`: many offshoots of one template on a node.
 //! - `dial`: from lazy to eager.
 //! - `programs`: programs bound by processor and memory on a cold offshoot.
 
-mod boot;
 mod crowd;
 mod dial;
 mod judge;
@@ -30,14 +28,12 @@ const COMMAND: &str = "make bench-prefetch";
 
 /// A part that needs the world.
 type Part = fn(&mut World, &Path) -> Outcome<Vec<Figure>>;
-const PARTS: [(&str, Part); 6] = [
+const PARTS: [(&str, Part); 5] = [
     ("windows", windows::run),
     ("policies", policies::run),
     ("crowd", crowd::run),
     ("dial", dial::run),
     ("programs", programs::run),
-    // Last: it changes how the image lies in the store.
-    ("boot", boot::run),
 ];
 const COLORS: &str = "colors";
 

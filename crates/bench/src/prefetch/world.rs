@@ -343,24 +343,12 @@ impl Node<'_> {
         self.run(RunRequest { prefetch: Some(prefetch.into()), eager, learn: Some(learn), ..self.request(name, from)? })
     }
 
-    /// Boots the image that the templates came from.
-    pub(super) fn boot(&self, name: &str, prefetch: &str, learn: bool) -> Outcome<Vm> {
-        let request = self.request(name, From::Image(TEMPLATE.into()))?;
-        let (memory_bytes, cpus) = (Some(self.world.memory_bytes()), Some(1));
-        self.run(RunRequest { memory_bytes, cpus, prefetch: Some(prefetch.into()), learn: Some(learn), ..request })
-    }
-
     fn run(&self, request: RunRequest) -> Outcome<Vm> {
         Ok(self.host.client.post("/v1/vms", &request)?)
     }
 
     fn request(&self, name: &str, from: From) -> Outcome<RunRequest> {
         request(name, from, self.world.servers)
-    }
-
-    /// Waits until all servers of a VM answer something.
-    pub(super) fn await_all(&self, vm: &Vm) -> Outcome {
-        await_all(vm, self.world.servers, BOOT)
     }
 
     /// Fetches all of a snapshot into the node's cache.
@@ -383,11 +371,6 @@ impl Node<'_> {
     /// How often the daemon says it has laid a template down since it started, or found that it lies well.
     pub(super) fn laid_down(&self) -> Outcome<usize> {
         self.said(&[" pages moved; ", " pages lie well", "is not laid down"])
-    }
-
-    /// The same of disks.
-    pub(super) fn disks_laid_down(&self) -> Outcome<usize> {
-        self.said(&[" blocks moved; ", " blocks lie well"])
     }
 
     fn said(&self, words: &[&str]) -> Outcome<usize> {
