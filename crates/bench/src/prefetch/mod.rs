@@ -50,13 +50,13 @@ pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String], full: boo
     }
     let wanted = |part: &str| only.is_empty() || only.iter().any(|name| name == part);
     let (name, servers) = if full { ("prefetch-full", &Server::FULL[..]) } else { ("prefetch", &Server::USUAL[..]) };
-    let bench = target.join("bench");
+    let (bench, command) = (target.join("bench"), format!("make bench-{name}"));
     let (to, plots) = (bench.join(name).with_extension("json"), bench.join(if full { "plots-full" } else { "plots" }));
     let (mut figures, mut failed) = (Vec::new(), Vec::new());
     // What was measured lasts, whatever becomes of the parts that follow.
     let mut keep = |name: &'static str, found: Outcome<Vec<Figure>>| -> Outcome {
         match found {
-            Ok(found) => figures.extend(found),
+            Ok(found) => figures.extend(found.into_iter().map(|figure| Figure { command: command.clone(), ..figure })),
             Err(error) => {
                 eprintln!("{name}: {error}");
                 failed.push(name);

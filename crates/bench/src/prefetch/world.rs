@@ -339,16 +339,9 @@ impl Node<'_> {
         (prefetch, eager): (&str, Option<f32>),
         learn: bool,
     ) -> Outcome<Vm> {
-        let from = From::Snapshot(format!("{TEMPLATE}@{tag}"));
-        self.run(RunRequest { prefetch: Some(prefetch.into()), eager, learn: Some(learn), ..self.request(name, from)? })
-    }
-
-    fn run(&self, request: RunRequest) -> Outcome<Vm> {
+        let request = request(name, From::Snapshot(format!("{TEMPLATE}@{tag}")), self.world.servers)?;
+        let request = RunRequest { prefetch: Some(prefetch.into()), eager, learn: Some(learn), ..request };
         Ok(self.host.client.post("/v1/vms", &request)?)
-    }
-
-    fn request(&self, name: &str, from: From) -> Outcome<RunRequest> {
-        request(name, from, self.world.servers)
     }
 
     /// Fetches all of a snapshot into the node's cache.

@@ -27,11 +27,11 @@ const UNKNOWN: f32 = 0.25;
 /// Pages that are touched this early (as `Entry::early`: 255 ms) are to be here before the guest runs, but no more than
 /// these: 16 MiB.
 const FIRST: u16 = 8 * 256;
-/// A step of time, as `Entry::early`: half of a doubling.
-const STEP: u16 = 128;
 const FIRST_MAX: usize = 4096;
 /// The same where nothing is recorded: 128 MiB.
 const FIRST_MAX_UNKNOWN: usize = 32768;
+/// A step of time, as `Entry::early`: half of a doubling.
+const STEP: u16 = 128;
 
 /// Pages are fetched ahead that recordings touched by this time, and half of the guest's age behind: all that belongs to a
 /// start, and later what is likely within the time that the guest may still live.
@@ -39,7 +39,7 @@ const HORIZON: Duration = Duration::from_secs(8);
 /// Waits for pages whose time has not come before the next step of time is brought forward: many are chance, as with keys
 /// that clients choose at random.
 const OUTRUN: usize = 32;
-/// Pages behind such a wait in plan order, before.
+/// Pages that follow such a page in plan order and come with it.
 const EARLY_WINDOW: u32 = 16;
 
 /// Where a page stands.
