@@ -246,6 +246,27 @@ fn a_file_system_in_a_version_is_mounted_unpacked_committed_and_diverges() -> Ou
 }
 
 #[test]
+fn a_file_that_was_withdrawn_is_made_anew_by_the_mirror_that_takes_over() -> Outcome {
+    let (host, dir) = (host("tw"), tempfile::tempdir()?);
+    keeper(&host, dir.path())?;
+    host.command(&["blob", "create", "b", "1M"])?;
+    let path = version(&host, "b", 0);
+    for round in 1..=3 {
+        // Opened for writing and left as it was, so that tidying up withdraws it.
+        assert!(done_on(&path, &[]).is_empty());
+        eventually("nothing is left of the file", || {
+            host.command(&["blob", "create", "other", "1M"])?;
+            host.command(&["blob", "rm", "other"])?;
+            Ok(host.client.get::<Vec<api::BlobFile>>("/v1/blob-files")?.is_empty())
+        })?;
+        kill_some(&host, round % 3)?;
+        assert_eq!(done_on(&path, &["write=0,5,4096", "byte=0"]), [5], "round {round}");
+        host.command(&["blob", "discard", "b@0"])?;
+    }
+    Ok(())
+}
+
+#[test]
 fn commits_are_made_once_whatever_dies_and_whenever() -> Outcome {
     let (host, dir) = (host("tk"), tempfile::tempdir()?);
     keeper(&host, dir.path())?;

@@ -230,9 +230,13 @@ impl Tree {
     /// From now on these are the mirrored files.
     pub(crate) fn set_files(&self, places: Vec<FilePlace>) -> io::Result<()> {
         let mut state = self.state();
-        replace_json(&self.home.live().join("files.json"), &places)?;
+        self.write_files(&places)?;
         state.files = places.into_iter().map(|p| ((p.blob, p.number), p.overlay)).collect();
         Ok(())
+    }
+
+    fn write_files(&self, places: &[FilePlace]) -> io::Result<()> {
+        replace_json(&self.home.live().join("files.json"), &places)
     }
 
     /// What is open: versions as they are in the store, and mirrored files with how often.
@@ -272,14 +276,24 @@ impl Tree {
         }
     }
 
-    /// Withdraws a mirrored file that nobody has open, and which `unchanged` finds of no use; whether that was so.
-    pub(crate) fn retire(&self, overlay: u64, unchanged: impl FnOnce() -> bool) -> bool {
+    /// Withdraws a mirrored file that nobody has open, and which `unchanged` finds of no use; whether that was so. The
+    /// daemon removes its overlay then, so that a mirror that takes over must not find it either.
+    pub(crate) fn retire(&self, overlay: u64, unchanged: impl FnOnce() -> bool) -> io::Result<bool> {
         let mut state = self.state();
         if state.handles.values().any(|t| *t == Target::Overlay(overlay)) || !unchanged() {
-            return false;
+            return Ok(false);
         }
-        state.files.retain(|_, o| *o != overlay);
-        true
+        if state.files.values().any(|&o| o == overlay) {
+            let place = |((blob, number), &overlay): (&(String, u64), &u64)| FilePlace {
+                overlay,
+                blob: blob.clone(),
+                number: *number,
+            };
+            let left: Vec<FilePlace> = state.files.iter().filter(|(_, o)| **o != overlay).map(place).collect();
+            self.write_files(&left)?;
+            state.files.retain(|_, o| *o != overlay);
+        }
+        Ok(true)
     }
 }
 

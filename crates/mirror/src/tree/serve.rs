@@ -16,6 +16,12 @@ impl Core {
     pub(crate) fn serve_tree(&self, request: TreeRequest) -> Reply<Value> {
         let tree = &self.tree;
         let ok = |value: Value| Reply::Ok(value);
+        fn written<T: serde::Serialize>(done: std::io::Result<T>) -> Reply<Value> {
+            match done {
+                Ok(value) => Reply::Ok(json!(value)),
+                Err(e) => Reply::Error(format!("the mirrored files cannot be written down: {e}")),
+            }
+        }
         match request {
             TreeRequest::Next { known, wait_ms } => {
                 ok(json!(tree.desk.next(&known, Duration::from_millis(wait_ms).min(NEXT_MAX))))
@@ -27,10 +33,7 @@ impl Core {
                 }
                 ok(json!(asker.is_some()))
             }
-            TreeRequest::SetFiles { files } => match tree.set_files(files) {
-                Ok(()) => ok(Value::Null),
-                Err(e) => Reply::Error(format!("the mirrored files cannot be written down: {e}")),
-            },
+            TreeRequest::SetFiles { files } => written(tree.set_files(files)),
             TreeRequest::Opens => ok(json!(tree.opens())),
             TreeRequest::Bar { blob, number } => ok(json!(tree.bar(&blob, number))),
             TreeRequest::Lift { bar } => {
@@ -39,7 +42,7 @@ impl Core {
             }
             TreeRequest::Retire { overlay, changed } => {
                 let of_no_use = || changed || self.objects.changed_bytes(overlay).is_none_or(|bytes| bytes == 0);
-                ok(json!(tree.retire(overlay, of_no_use)))
+                written(tree.retire(overlay, of_no_use))
             }
             TreeRequest::Changed { overlay } => ok(json!(self.objects.changed_bytes(overlay).unwrap_or(0))),
         }

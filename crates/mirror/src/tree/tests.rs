@@ -58,7 +58,7 @@ fn a_mirror_that_takes_over_knows_inodes_handles_and_files_and_one_of_another_se
 #[test]
 fn what_is_barred_cannot_be_opened_and_what_is_open_or_changed_is_not_retired() {
     let (_dir, home) = home();
-    let tree = Tree::open(home, false).unwrap();
+    let tree = Tree::open(home.clone(), false).unwrap();
     let (one, two) = (tree.enter(version("b", 1)).unwrap(), tree.enter(version("b", 2)).unwrap());
     tree.open_as(10, one, false).unwrap();
     assert_eq!(tree.bar("b", Some(1)).versions.len(), 1);
@@ -71,13 +71,20 @@ fn what_is_barred_cannot_be_opened_and_what_is_open_or_changed_is_not_retired() 
     tree.lift(None);
     assert!(matches!(tree.open_as(12, one, false).unwrap(), Opened::Done));
 
-    tree.set_files(vec![place(900, "b", 2)]).unwrap();
+    tree.set_files(vec![place(900, "b", 2), place(901, "b", 1)]).unwrap();
     tree.open_file(18, 900).unwrap();
-    assert!(!tree.retire(900, || true), "it is open");
+    assert!(!tree.retire(900, || true).unwrap(), "it is open");
     tree.close(18);
-    assert!(!tree.retire(900, || false), "it is changed");
-    assert!(tree.retire(900, || true));
+    assert!(!tree.retire(900, || false).unwrap(), "it is changed");
+    assert!(tree.retire(900, || true).unwrap());
+    assert!(tree.retire(900, || true).unwrap(), "said again, it is the same");
     assert!(matches!(tree.open_as(20, two, true).unwrap(), Opened::Needs(_)));
+    // So it is for the mirror that takes over: what was withdrawn may be removed by then.
+    drop(tree);
+    let next = Tree::open(home, true).unwrap();
+    assert!(matches!(next.open_as(20, two, true).unwrap(), Opened::Needs(_)));
+    assert!(matches!(next.open_as(22, one, true).unwrap(), Opened::Done));
+    assert_eq!(next.target(22), Some(Target::Overlay(901)));
 }
 
 #[test]

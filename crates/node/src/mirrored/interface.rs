@@ -1,6 +1,6 @@
 //! Mirrored files, as the daemon offers them.
 
-use super::{FileRecord, Named, change, clone, commit, forget, prune};
+use super::{FileRecord, Named, change, clone, commit, prune, withdraw};
 use crate::error::{Error, Result};
 use crate::node::Node;
 use crate::sweep;
@@ -86,10 +86,10 @@ impl Node {
     pub fn discard_blob_file(&self, blob: &str, number: u64) -> Result<()> {
         let overlay = self.mirrored(blob, number)?.overlay;
         change(&self.shared, overlay, None, |record| {
-            if !self.shared.mirror.retire(overlay, true)? {
+            if !withdraw(&self.shared, &record, true)? {
                 return Err(Error::Conflict(format!("{} is open; close it first", record.name())));
             }
-            forget(&self.shared, &record)
+            Ok(())
         })?;
         sweep::sweep(&self.shared)
     }

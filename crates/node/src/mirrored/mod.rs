@@ -136,15 +136,24 @@ fn keep(shared: &Shared, record: &FileRecord) -> Result<()> {
     Ok(())
 }
 
-fn forget(shared: &Shared, record: &FileRecord) -> Result<()> {
+/// Takes a file that nobody has open, and that has no changes or (`changed`) of no use ones, from the tree and off the
+/// record; whether that was so. Its overlay is the sweep's.
+fn withdraw(shared: &Shared, record: &FileRecord, changed: bool) -> Result<bool> {
+    {
+        // Under the lock under which the mirror is told of all files: a list from before would bring it back.
+        let mut records = shared.files.records.lock().expect("no holder panics");
+        if !shared.mirror.retire(record.overlay, changed)? {
+            return Ok(false);
+        }
+        records.remove(&record.overlay);
+    }
     let path = path_of(shared, record.id);
     match std::fs::remove_file(&path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", path)(e)),
         _ => {}
     }
-    shared.files.records.lock().expect("no holder panics").remove(&record.overlay);
     let _ = shared.mirror.unregister_vm(&counted_as(record.id));
-    Ok(())
+    Ok(true)
 }
 
 /// Tells the mirror where which file is found.
@@ -174,7 +183,12 @@ fn open(shared: &Arc<Shared>, named: &Named, say: impl FnOnce(u64) -> Result<()>
     let lock = shared.files.lock_of(&named.blob);
     let _blob = lock.lock().expect("no holder panics");
     match shared.files.at(named) {
-        Some(there) => say(there.overlay),
+        // The mirror asks for it, so it does not know of it: it died while it was told, or while it withdrew it.
+        Some(there) => {
+            serve(shared, &there)?;
+            tell(shared)?;
+            say(there.overlay)
+        }
         None => say(make(shared, named)?),
     }
 }
@@ -196,9 +210,12 @@ fn make(shared: &Arc<Shared>, named: &Named) -> Result<u64> {
     pin(shared, record.id, &[version])?;
     let made = keep(shared, &record).and_then(|()| serve(shared, &record)).and_then(|()| tell(shared));
     if let Err(error) = made {
-        let _ = forget(shared, &record);
-        let _ = shared.mirror.remove(&[record.overlay]);
-        let _ = shared.store.delete_head(&shared.pin_head(record.id));
+        // A mirror that died when it had noted the file may have opened it since for whoever asked. Then it stays, as
+        // it does where the mirror cannot be asked: it is found by the next who opens it, or by the sweep.
+        if withdraw(shared, &record, false).is_ok_and(|withdrawn| withdrawn) {
+            let _ = shared.mirror.remove(&[record.overlay]);
+            let _ = shared.store.delete_head(&shared.pin_head(record.id));
+        }
         return Err(error);
     }
     Ok(record.overlay)
@@ -443,9 +460,7 @@ pub(crate) fn prune(shared: &Arc<Shared>) -> Result<()> {
         // Who is at work with it needs it.
         let Ok(_blob) = lock.try_lock() else { continue };
         let Ok(record) = shared.files.get(record.overlay) else { continue };
-        if shared.mirror.retire(record.overlay, false)? {
-            forget(shared, &record)?;
-        }
+        withdraw(shared, &record, false)?;
     }
     Ok(())
 }
@@ -464,7 +479,7 @@ pub(crate) fn deleting<T>(
         if !concerned {
             continue;
         }
-        if !shared.mirror.retire(record.overlay, false)? {
+        if !withdraw(shared, &record, false)? {
             return Err(Error::Conflict(format!(
                 "{} is open for writing or has changes that are not committed, at {}; close it and commit them, or \
                  `offshoot blob discard {}`",
@@ -473,7 +488,6 @@ pub(crate) fn deleting<T>(
                 record.name()
             )));
         }
-        forget(shared, &record)?;
     }
     let opens = shared.mirror.bar(blob, number)?;
     let deleted = pin_open(shared, &opens, blob, number).and_then(|()| delete());
