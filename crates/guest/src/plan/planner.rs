@@ -107,6 +107,8 @@ impl Planner {
     #[must_use]
     pub fn new(template: Arc<Template>, policy: Policy, eager: Eager) -> Self {
         let (template, policy) = match policy {
+            // As little as possible is nothing, and no windows either.
+            Policy::Auto | Policy::Plain if eager.dial() == 0.0 => (template, Policy::None),
             Policy::Plain => (Arc::new(template.plain()), Policy::Auto),
             policy => (template, policy),
         };
@@ -450,12 +452,12 @@ fn plan(template: &Template, policy: &Policy, eager: Eager) -> (Vec<Page>, usize
         Policy::Intersect if template.profile.recordings() < 2 => (recorded(1), 0),
         Policy::Intersect => (recorded(0b11), 0),
         Policy::Auto | Policy::Plain => {
-            let plan = likely(template, eager);
+            let (plan, usual) = likely(template, eager);
             let places: HashMap<Page, u16> = template.profile.entries().iter().map(|e| (e.page, e.early)).collect();
             let at_once = |page: &&Page| places.get(page).is_some_and(|&early| early < FIRST);
             // Where nothing is recorded, all that is likely may be touched at once.
             let first = match template.profile.recordings() {
-                0 => plan.len().min(FIRST_MAX_UNKNOWN),
+                0 => usual.min(FIRST_MAX_UNKNOWN),
                 _ => plan.iter().take(FIRST_MAX).take_while(at_once).count(),
             };
             (plan, first)
@@ -494,13 +496,17 @@ fn in_plan_order(template: &Template, wanted: impl Fn(&Entry) -> bool) -> Vec<Pa
 
 /// All pages at least as likely as the dial asks: those recorded, by how early they are touched, in steps of time and by
 /// address within (so that a layout in this order is read in large pieces); then those that only their color speaks for.
-fn likely(template: &Template, eager: Eager) -> Vec<Page> {
+/// And how many of these pages the dial's usual place asks for, too.
+fn likely(template: &Template, eager: Eager) -> (Vec<Page>, usize) {
     let stored = |page: Page| u64::from(page) < template.stored.len() && template.stored.get(page.into());
     if eager.dial() == 0.0 {
-        return Vec::new();
+        return (Vec::new(), 0);
     }
-    let silent = template.profile.recordings() == 0;
-    let threshold = if silent { eager.threshold() * UNKNOWN } else { eager.threshold() };
+    let threshold_of = |eager: Eager| match template.profile.recordings() {
+        0 => eager.threshold() * UNKNOWN,
+        _ => eager.threshold(),
+    };
+    let (threshold, usual) = (threshold_of(eager), threshold_of(eager).max(threshold_of(Eager::default())));
     let odds = template.profile.odds();
     let mut out = in_plan_order(template, |entry| odds.likelihood(entry) >= threshold);
     let chances = chances(template);
@@ -509,15 +515,26 @@ fn likely(template: &Template, eager: Eager) -> Vec<Page> {
         listed[page as usize] = true;
     }
     let mut rest: Vec<(u32, Page)> = Vec::new();
+    // What is left for a full copy is wanted for its own sake and no guess: it comes in large reads, as it lies.
+    let mut copied: Vec<Page> = Vec::new();
     for &page in template.space.order() {
         let chance = chances[usize::from(template.space.color(page)) % COLORS];
-        if stored(page) && !listed[page as usize] && (chance >= threshold || eager.dial() >= 1.0) {
+        if !stored(page) || listed[page as usize] {
+            continue;
+        }
+        if eager.dial() >= 1.0 && chance < usual {
+            copied.push(page);
+        } else if chance >= threshold {
             rest.push(((1e6 * (1.0 - chance)) as u32, page));
         }
     }
     rest.sort_by_key(|&(unlikely, _)| unlikely);
+    let as_usual = rest.partition_point(|&(unlikely, _)| unlikely <= (1e6 * (1.0 - usual)) as u32);
+    let as_usual = out.len() + as_usual;
     out.extend(rest.into_iter().map(|(_, page)| page));
-    out
+    copied.sort_unstable();
+    out.extend(copied);
+    (out, as_usual)
 }
 
 /// By color: how likely an offshoot touches a page that no recording names. With recordings, how often the last one

@@ -81,6 +81,23 @@ fn each_policy_asks_for_its_own_pages() {
 }
 
 #[test]
+fn a_dial_at_nothing_is_no_prefetch_and_at_all_a_copy_as_it_lies_behind_what_is_likely() {
+    let of = |dial: f32| Planner::new(template(40, Profile::default()), Policy::Auto, Eager::new(dial).unwrap());
+    let mut least = of(0.0);
+    least.fault(5, true);
+    assert_eq!((next(&mut least, 100), least.first(), least.is_idle()), (vec![], 0, true));
+    // Nothing here is likely enough to be waited for, and all of it is copied in the order in which it lies.
+    let mut full = of(1.0);
+    assert_eq!((full.first(), next(&mut full, 100)), (0, (0..40).collect()));
+    // Data is likely now, and comes first.
+    let mut known = (*template(40, Profile::default())).clone();
+    known.traits[usize::from(DATA)].prior = 0.9;
+    let mut full = Planner::new(Arc::new(known), Policy::Auto, Eager::new(1.0).unwrap());
+    let (data, code) = ((0..20).map(|n| 2 * n + 1), (0..20).map(|n| 2 * n));
+    assert_eq!((full.first(), next(&mut full, 100)), (20, data.chain(code).collect()));
+}
+
+#[test]
 fn blind_to_colors_auto_takes_neighbours_by_address() {
     let mut planner = planner("auto:plain", template(4000, Profile::default()));
     planner.fault(100, true);
