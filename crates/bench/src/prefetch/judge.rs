@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 const SAMPLE: Duration = Duration::from_millis(500);
 /// How long the working set of an offshoot in training may take to settle.
 const TRAINING: Duration = Duration::from_secs(75);
+/// Recordings behind which a node lays a template down anew.
+const LAID_DOWN_BEHIND: [u64; 3] = [1, 3, 8];
 
 /// What is to be run.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -162,8 +164,8 @@ impl World {
                 println!("{tag}: offshoot {seed} has taught after {:.1} s", began.elapsed().as_secs_f64());
                 node.host.remove(&name)?;
             }
-            // Behind the first recording and the third.
-            let (began, layouts) = (Instant::now(), if offshoots < 3 { 1 } else { 2 });
+            let began = Instant::now();
+            let layouts = LAID_DOWN_BEHIND.iter().filter(|&&recordings| recordings <= offshoots).count();
             while node.laid_down()? < layouts {
                 if began.elapsed() > TRAINING {
                     return Err(format!("{tag}: what was learnt is not laid down within {TRAINING:?}").into());

@@ -6,11 +6,15 @@
 //! - `crowd`: many offshoots of one template on a node.
 //! - `dial`: from lazy to eager.
 //! - `programs`: programs bound by processor and memory on a cold offshoot.
+//! - `pauses`: what reading a guest's colors adds to the pause of its forks.
+//! - `boot`: the guest booted from its image on cold nodes, before and behind one that taught.
 
+mod boot;
 mod crowd;
 mod dial;
 mod judge;
 pub mod line;
+mod pauses;
 mod policies;
 mod programs;
 mod servers;
@@ -28,12 +32,15 @@ const COMMAND: &str = "make bench-prefetch";
 
 /// A part that needs the world.
 type Part = fn(&mut World, &Path) -> Outcome<Vec<Figure>>;
-const PARTS: [(&str, Part); 5] = [
+const PARTS: [(&str, Part); 7] = [
     ("windows", windows::run),
     ("policies", policies::run),
     ("crowd", crowd::run),
     ("dial", dial::run),
     ("programs", programs::run),
+    ("pauses", pauses::run),
+    // Last: it changes how the image lies in the store.
+    ("boot", boot::run),
 ];
 const COLORS: &str = "colors";
 

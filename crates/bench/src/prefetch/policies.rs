@@ -14,8 +14,8 @@ use crate::report::Figure;
 use guest::Color;
 use std::path::Path;
 
-/// Offshoots that teach.
-const TEACHERS: u64 = 3;
+/// Offshoots that teach: as many as a node lets.
+const TEACHERS: u64 = 8;
 /// Cases: name in plots, policy, all-local. Before anything was learnt, and with what the template was laid down as then.
 const UNTRAINED: [(&str, &str, bool); 6] = [
     ("none untrained", "none", false),

@@ -153,8 +153,10 @@ impl Session {
 
     /// A request; where its connection is lost, as some are on a node that is busy, over a new one.
     pub(super) fn go_on(&mut self) -> Outcome {
+        let asked = Instant::now();
         let Err(error) = self.request() else { return Ok(()) };
         self.lost += 1;
+        eprintln!("{}: a connection was lost after {:.2} s: {error}", self.server.name(), asked.elapsed().as_secs_f64());
         if self.lost > LOST_MAX {
             return Err(format!("{} connections were lost, the last by: {error}", self.lost).into());
         }

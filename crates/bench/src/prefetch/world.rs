@@ -248,7 +248,9 @@ impl World {
         let boot = ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", CMDLINE];
         host.command(&[&["image", "import", &part("disk.raw"), "--name", TEMPLATE][..], &boot].concat())?;
         let request = request(TEMPLATE, From::Image(TEMPLATE.into()), self.servers)?;
-        let request = RunRequest { memory_bytes: Some(self.memory_bytes()), cpus: Some(1), ..request };
+        // Nobody is to know how the image boots ([`super::boot`]).
+        let (memory_bytes, cpus, learn) = (Some(self.memory_bytes()), Some(1), Some(false));
+        let request = RunRequest { memory_bytes, cpus, learn, ..request };
         let vm: Vm = host.client.post("/v1/vms", &request)?;
         let began = Instant::now();
         let address = |server: Server| published(&vm, server.port());
@@ -344,6 +346,19 @@ impl Node<'_> {
         Ok(self.host.client.post("/v1/vms", &request)?)
     }
 
+    /// Boots the image that the templates came from.
+    pub(super) fn boot(&self, name: &str, prefetch: &str, learn: bool) -> Outcome<Vm> {
+        let request = request(name, From::Image(TEMPLATE.into()), self.world.servers)?;
+        let (memory_bytes, cpus) = (Some(self.world.memory_bytes()), Some(1));
+        let request = RunRequest { memory_bytes, cpus, prefetch: Some(prefetch.into()), learn: Some(learn), ..request };
+        Ok(self.host.client.post("/v1/vms", &request)?)
+    }
+
+    /// Waits until all servers of a VM answer something.
+    pub(super) fn await_all(&self, vm: &Vm) -> Outcome {
+        await_all(vm, self.world.servers, BOOT)
+    }
+
     /// Fetches all of a snapshot into the node's cache.
     pub(super) fn warm(&self, tag: &str) -> Outcome {
         self.host.command(&["warm", &format!("{TEMPLATE}@{tag}")]).map(drop)
@@ -364,6 +379,11 @@ impl Node<'_> {
     /// How often the daemon says it has laid a template down since it started, or found that it lies well.
     pub(super) fn laid_down(&self) -> Outcome<usize> {
         self.said(&[" pages moved; ", " pages lie well", "is not laid down"])
+    }
+
+    /// The same of disks.
+    pub(super) fn disks_laid_down(&self) -> Outcome<usize> {
+        self.said(&[" blocks moved; ", " blocks lie well", "is not laid down", "is not kept"])
     }
 
     fn said(&self, words: &[&str]) -> Outcome<usize> {
