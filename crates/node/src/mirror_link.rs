@@ -17,12 +17,15 @@ use mirror::control::{
 use mirror::{Ask, AskAnswer, FilePlace, Opens};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm::process::{self, ProcessId};
+
+/// How long a mirror of which it is not known whether it lives may take for an answer.
+const TRY: Duration = Duration::from_millis(200);
 
 /// The mirror, as the daemon sees it.
 pub struct MirrorLink {
@@ -47,10 +50,7 @@ impl MirrorLink {
     pub fn open(home: &Home, kept: impl FnOnce() -> Option<OwnedFd>) -> Result<Arc<Self>> {
         let (socket, log) = (home.path("run/mirror.sock"), home.path("run/mirror.log"));
         let root = home.root().to_owned();
-        // The client waits for a mirror that is being replaced; whether there is one at all shows at once.
-        let listening = std::os::unix::net::UnixStream::connect(&socket).is_ok();
-        let found = listening.then(|| Client::new(&socket).hello().ok().and_then(|h| ProcessId::of(h.pid))).flatten();
-        let process = match found {
+        let process = match living(&socket) {
             Some(process) => process,
             None => start(&root, &log, kept())?,
         };
@@ -441,7 +441,21 @@ fn refused(error: impl std::fmt::Display) -> Error {
     Error::Mirror(error.to_string())
 }
 
-fn start(home: &std::path::Path, log: &std::path::Path, fuse: Option<OwnedFd>) -> Result<ProcessId> {
+/// The mirror that serves at a socket. One that was killed a moment ago may still have it open, and answers no more.
+fn living(socket: &Path) -> Option<ProcessId> {
+    let stream = std::os::unix::net::UnixStream::connect(socket).ok()?;
+    let listener = rustix::net::sockopt::socket_peercred(&stream).ok()?.pid;
+    let listener = ProcessId::of(u32::try_from(listener.as_raw_nonzero().get()).ok()?)?;
+    let end = Instant::now() + mirror::client::TIME_LIMIT;
+    while listener.alive() && Instant::now() < end {
+        if let Ok(hello) = Client::new(socket).with_time_limit(TRY).hello() {
+            return ProcessId::of(hello.pid);
+        }
+    }
+    None
+}
+
+fn start(home: &Path, log: &Path, fuse: Option<OwnedFd>) -> Result<ProcessId> {
     // Not by its path: an upgrade may have put another file there while this daemon ran.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("offshoot").arg("mirror").arg("--home").arg(home);
@@ -453,10 +467,10 @@ fn start(home: &std::path::Path, log: &std::path::Path, fuse: Option<OwnedFd>) -
 
 /// Waits until the mirror answers. It may be another than `process`: one that an earlier daemon had just started when
 /// it died. That one has the home's lock, and ours gives way.
-fn await_answer(socket: &std::path::Path, process: ProcessId, log: &std::path::Path) -> Result<ProcessId> {
-    let end = std::time::Instant::now() + Duration::from_secs(20);
+fn await_answer(socket: &Path, process: ProcessId, log: &Path) -> Result<ProcessId> {
+    let end = Instant::now() + Duration::from_secs(20);
     loop {
-        match Client::new(socket).with_time_limit(Duration::from_millis(200)).hello().map(|h| h.pid) {
+        match Client::new(socket).with_time_limit(TRY).hello().map(|h| h.pid) {
             Ok(pid) if pid == process.pid => return Ok(process),
             Ok(pid) => {
                 if let Some(other) = ProcessId::of(pid) {
@@ -469,7 +483,7 @@ fn await_answer(socket: &std::path::Path, process: ProcessId, log: &std::path::P
         if !process.alive() {
             return Err(Error::Host(format!("the mirror ended at start: {}", process::last_words(log))));
         }
-        if std::time::Instant::now() > end {
+        if Instant::now() > end {
             return Err(Error::Mirror("does not answer 20 s after its start".into()));
         }
         std::thread::sleep(Duration::from_millis(2));
