@@ -156,7 +156,11 @@ impl Session {
         let asked = Instant::now();
         let Err(error) = self.request() else { return Ok(()) };
         self.lost += 1;
-        eprintln!("{}: a connection was lost after {:.2} s: {error}", self.server.name(), asked.elapsed().as_secs_f64());
+        eprintln!(
+            "{}: a connection was lost after {:.2} s: {error}",
+            self.server.name(),
+            asked.elapsed().as_secs_f64()
+        );
         if self.lost > LOST_MAX {
             return Err(format!("{} connections were lost, the last by: {error}", self.lost).into());
         }
