@@ -3,7 +3,8 @@
 //! A node has its services running and nothing of the image. From the command on until the last request of a boot's
 //! recorded trace is answered is its *boot*; until everything that the image holds was read once, its *full read*.
 //! An image is deployed many times: what is measured of Offshoot is a deployment after an earlier one, which taught the
-//! store what a boot reads; the first ones, of which nobody knows anything, are measured besides.
+//! store what a boot reads; the first ones, of which nobody knows anything, are measured besides. What is measured
+//! teaches nothing: it is to be the same each time, and it reads the whole disk.
 //! The trace is replayed without the guest's own time between requests, so that only the disk is measured. Nodes,
 //! origin and clients share this machine's processors: [`Round`] says how busy they and the origin's link were.
 
@@ -115,7 +116,7 @@ impl<'a> World<'a> {
     pub(super) fn teach(&self) -> Outcome {
         let node = self.node(0)?;
         let taught = node.prepare(System::Offshoot).and_then(|()| {
-            let served = node.deploy(System::Offshoot)?;
+            let served = node.deploy(System::Offshoot, true)?;
             replay::replay(&served.socket, IMAGE, &self.boot, None)?;
             node.offshoot(&["nbd", "stop", IMAGE, "--discard"])?;
             // What was read is added behind the answer; the order that is asked for here is made then in any case.
@@ -214,7 +215,7 @@ impl<'a> World<'a> {
     fn instance(&self, system: System, node: &Node<'_>, check: Option<&File>, step: &Barrier) -> Outcome<(f64, f64)> {
         step.wait();
         let began = Instant::now();
-        let booted = node.deploy(system).and_then(|served| {
+        let booted = node.deploy(system, false).and_then(|served| {
             replay::replay(&served.socket, IMAGE, &self.boot, check)?;
             Ok((served, began.elapsed().as_secs_f64()))
         });

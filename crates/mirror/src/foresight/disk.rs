@@ -15,10 +15,10 @@ use crate::resolve::Versions;
 use crate::stats::add;
 use base::{Bitmap, ByteRange, PAGE};
 use guest::plan::{Pace, settled};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Blocks that are recorded at most: 256 MiB. Who reads more copies the disk, and teaches nothing.
 const RECORDED_MAX: usize = 1 << 16;
@@ -28,6 +28,11 @@ const THREADS: usize = 4;
 const STREAMS_MAX: usize = 8;
 /// Blocks looked up at a time.
 const BATCH: usize = 1024;
+/// Blocks of a plan that are fetched before its readers read them: 16 MiB. A plan may go far beyond a boot, to what was
+/// read a minute later; who reads as those before did is met by it on the way, and who does not never pays for it.
+const AHEAD: usize = 4096;
+/// A stream of which nobody has read anything for so long ends.
+const UNUSED: Duration = Duration::from_secs(60);
 /// Bytes of blocks that may be under way in any case: packed, the longest that two requests bring.
 const FLYING_MIN: u64 = 4 << 20;
 /// A batch of blocks that lies in more groups than one for so many bytes, and some, was perhaps laid down in its order
@@ -38,9 +43,11 @@ const GROUPS_MORE: u64 = 4;
 /// First reads of one disk's blocks.
 #[derive(Default)]
 pub(crate) struct Reads {
-    /// Whether `noted` is there, so that a disk of which nobody wants to know costs one load.
+    /// Whether any of these is there, so that a disk of which nobody wants to know costs one load.
     on: AtomicBool,
     noted: Mutex<Option<Noted>>,
+    /// What is fetched ahead of them.
+    ahead: Mutex<Option<Arc<Blocks>>>,
 }
 
 struct Noted {
@@ -60,6 +67,12 @@ impl Reads {
         }
     }
 
+    /// Tells a stream what is read from now on.
+    fn follow(&self, stream: &Arc<Blocks>) {
+        *self.ahead() = Some(stream.clone());
+        self.on.store(true, Ordering::Release);
+    }
+
     /// Whether anybody wants to know.
     pub(crate) fn is_on(&self) -> bool {
         self.on.load(Ordering::Acquire)
@@ -68,6 +81,14 @@ impl Reads {
     /// These blocks are read.
     pub(crate) fn note(&self, blocks: std::ops::Range<u64>) {
         let mut noted = self.noted();
+        let mut ahead = self.ahead();
+        if let Some(stream) = ahead.as_ref()
+            && !stream.used(blocks.clone())
+        {
+            *ahead = None;
+            self.on.store(noted.is_some(), Ordering::Release);
+        }
+        drop(ahead);
         let Some(noted) = noted.as_mut() else { return };
         let ms = u32::try_from(noted.began.elapsed().as_millis()).unwrap_or(u32::MAX);
         for block in blocks.start..blocks.end.min(noted.seen.len()) {
@@ -88,7 +109,7 @@ impl Reads {
         let touches = match end {
             false => Vec::new(),
             true => {
-                self.on.store(false, Ordering::Release);
+                self.on.store(self.ahead().is_some(), Ordering::Release);
                 kept.take().filter(|_| !full).map_or_else(Vec::new, |noted| noted.touches)
             }
         };
@@ -97,6 +118,11 @@ impl Reads {
 
     fn noted(&self) -> MutexGuard<'_, Option<Noted>> {
         self.noted.lock().expect("no holder panics")
+    }
+
+    /// Locked behind `noted`, where both are.
+    fn ahead(&self) -> MutexGuard<'_, Option<Arc<Blocks>>> {
+        self.ahead.lock().expect("no holder panics")
     }
 }
 
@@ -118,15 +144,25 @@ impl Disks {
         if spec.blocks.is_empty() {
             return Ok(());
         }
-        let stream = {
+        let (stream, is_new) = {
             let mut streams = self.streams.lock().expect("no holder panics");
-            if streams.contains_key(&spec.version) || streams.len() >= STREAMS_MAX {
-                return Ok(());
+            match streams.get(&spec.version) {
+                Some(stream) => (stream.clone(), false),
+                None if streams.len() >= STREAMS_MAX => return Ok(()),
+                None => {
+                    let stream = Arc::new(Blocks::new(&spec.version, &spec.blocks));
+                    streams.insert(spec.version.clone(), stream.clone());
+                    (stream, true)
+                }
             }
-            let stream = Arc::new(Blocks::new(&spec.version, &spec.blocks));
-            streams.insert(spec.version.clone(), stream.clone());
-            stream
         };
+        reads_of(core, &spec.disk, |reads, _| {
+            reads.follow(&stream);
+            Ok(())
+        })?;
+        if !is_new {
+            return Ok(());
+        }
         for _ in 0..THREADS {
             let (core, mine) = (core.clone(), stream.clone());
             let worker = std::thread::Builder::new().name("mirror-blocks".to_owned());
@@ -183,6 +219,10 @@ struct State {
     /// Offsets, in the order of the plan, and how many of them have been looked up.
     plan: Vec<u64>,
     looked_up: usize,
+    /// The blocks of the plan that nobody has read yet; the others, and when the last of them was read.
+    unread: HashSet<u64>,
+    read: usize,
+    last_read: Instant,
     /// Somebody looks some up.
     looking: bool,
     /// Whether the store was looked at again.
@@ -194,6 +234,16 @@ struct State {
     over: bool,
 }
 
+impl State {
+    /// The part of the plan that is to be fetched now: nothing while it is less than a batch, which would come in many
+    /// small requests.
+    fn due(&self) -> std::ops::Range<usize> {
+        let end = self.plan.len().min(self.read + AHEAD);
+        let whole = end == self.plan.len() || end >= self.looked_up + BATCH;
+        self.looked_up..if whole { end } else { self.looked_up }
+    }
+}
+
 /// What a thread is to do.
 #[derive(Debug, PartialEq, Eq)]
 enum Work {
@@ -203,9 +253,13 @@ enum Work {
 
 impl Blocks {
     fn new(version: &str, blocks: &[u32]) -> Self {
+        let unread: HashSet<u64> = blocks.iter().map(|block| u64::from(*block)).collect();
         let state = State {
             plan: blocks.iter().map(|block| u64::from(*block) * PAGE).collect(),
             looked_up: 0,
+            unread,
+            read: 0,
+            last_read: Instant::now(),
             looking: false,
             looked_again: false,
             ready: VecDeque::new(),
@@ -240,8 +294,9 @@ impl Blocks {
             }
             let allowed = state.pace.allowed().max(FLYING_MIN);
             let ready: usize = state.ready.iter().map(Vec::len).sum();
-            if !state.looking && state.looked_up < state.plan.len() && ready < BATCH {
-                let part = state.looked_up..(state.looked_up + BATCH).min(state.plan.len());
+            let due = state.due();
+            if !state.looking && !due.is_empty() && ready < BATCH {
+                let part = due.start..(due.start + BATCH).min(due.end);
                 (state.looking, state.looked_up) = (true, part.end);
                 return Some(Work::LookUp(part));
             }
@@ -262,8 +317,32 @@ impl Blocks {
             } else {
                 state.pace.held_back();
             }
-            state = self.changed.wait(state).expect("no holder panics");
+            let unused = state.last_read.elapsed();
+            if unused >= UNUSED {
+                state.over = true;
+                self.changed.notify_all();
+                return None;
+            }
+            (state, _) = self.changed.wait_timeout(state, UNUSED - unused).expect("no holder panics");
         }
+    }
+
+    /// Somebody reads these blocks; whether that is of interest still.
+    fn used(&self, blocks: std::ops::Range<u64>) -> bool {
+        let mut state = self.state();
+        let before = state.unread.len();
+        for block in blocks {
+            state.unread.remove(&block);
+        }
+        let read = before - state.unread.len();
+        if read > 0 {
+            state.read += read;
+            state.last_read = Instant::now();
+            if !state.due().is_empty() {
+                self.changed.notify_all();
+            }
+        }
+        !state.over
     }
 
     fn look_up(&self, versions: &dyn Versions, part: std::ops::Range<usize>) -> Result<(), String> {

@@ -12,9 +12,9 @@ use std::process::Child;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::stores) enum System {
     /// `offshoot nbd serve` on a node that runs from the shared store, nothing cached, of an image that was never
-    /// deployed before; nor is anything learnt from it.
+    /// deployed before.
     OffshootFirst,
-    /// The same of an image that was deployed before.
+    /// The same of an image that was deployed, and booted, once before.
     Offshoot,
     /// The whole image first, as a qcow2 file compressed by zstd, then `qemu-nbd` on it.
     CopyQcow2,
@@ -73,14 +73,14 @@ impl Node<'_> {
         }
     }
 
-    /// Makes the image's disk appear.
-    pub(super) fn deploy(&self, system: System) -> Outcome<Served> {
+    /// Makes the image's disk appear; what is read of it teaches or does not.
+    pub(super) fn deploy(&self, system: System, teaches: bool) -> Outcome<Served> {
         let socket = self.dir.join("disk.sock");
         match system {
             System::OffshootFirst | System::Offshoot => {
                 let path = socket.to_string_lossy();
                 let mut words = vec!["nbd", "serve", IMAGE, "--writable", "--name", IMAGE, "--socket", &path];
-                words.extend((system == System::OffshootFirst).then_some("--no-learn"));
+                words.extend((!teaches).then_some("--no-learn"));
                 self.offshoot(&words)?;
                 Ok(Served { socket, child: None })
             }

@@ -85,6 +85,61 @@ fn blocks_that_lie_apart_are_looked_for_once_more() {
 }
 
 #[test]
+fn a_long_plan_goes_no_further_than_a_bit_beyond_what_was_read() {
+    let versions = Laid::new(256);
+    // Each block of the disk, and as many again that stand for what lies behind its end.
+    let long: Vec<u32> = (0..BLOCKS * 2).collect();
+    let reads = Reads::default();
+    let stream = Arc::new(Blocks::new("v", &long));
+    reads.follow(&stream);
+    assert!(reads.is_on() && reads.recording(false).is_err(), "it is not recorded for that");
+    let work = || match stream.next().unwrap() {
+        Work::LookUp(part) => {
+            stream.look_up(&versions, part.clone()).unwrap();
+            part.len()
+        }
+        Work::Fetch(group) => {
+            stream.fetch(&versions, &group, &|_| {}).unwrap();
+            0
+        }
+    };
+    let until = |wanted: usize| {
+        let mut looked_up = stream.state().looked_up;
+        while looked_up < wanted || !stream.state().ready.is_empty() {
+            looked_up += work();
+        }
+        assert_eq!((looked_up, stream.state().due().len()), (wanted, 0));
+    };
+    until(AHEAD);
+    // Not in small pieces; nor for what is read again, or was not expected.
+    reads.note(0..BATCH as u64 - 1);
+    reads.note(0..BATCH as u64 - 1);
+    reads.note(1 << 20..1 << 21);
+    assert!(stream.state().due().is_empty());
+    reads.note(5000..5001);
+    until(AHEAD + BATCH);
+    // What is left in the end is less than a batch, and comes.
+    reads.note(0..2 * BLOCKS as u64 - AHEAD as u64 + 1);
+    until(2 * BLOCKS as usize);
+    assert_eq!(stream.next(), None);
+    reads.note(8000..8001);
+    assert!(!reads.is_on(), "nobody wants to know any more");
+}
+
+#[test]
+fn a_stream_of_which_nobody_reads_ends() {
+    let long: Vec<u32> = (0..BLOCKS * 2).collect();
+    let stream = Blocks::new("v", &long);
+    {
+        let mut state = stream.state();
+        state.looked_up = AHEAD;
+        state.last_read = Instant::now().checked_sub(UNUSED).unwrap();
+    }
+    assert_eq!(stream.next(), None);
+    assert!(stream.is_over());
+}
+
+#[test]
 fn a_plan_of_what_is_not_there_ends() {
     let groups = fetched(&Laid::new(256), "other", &plan()).len();
     assert!((1..=THREADS).contains(&groups), "{groups} groups: each thread may have begun one");
