@@ -71,7 +71,8 @@ fn an_offshoot_has_fetched_ahead_what_earlier_ones_touched() -> Outcome {
     eventually("what the first touched is laid down in order", || said("pages moved; fetching"))?;
     let told = host.command(&["snapshot", "arrange", "web@1", "--json"])?;
     let told: api::SnapshotArranged = serde_json::from_str(&told)?;
-    assert!(told.pages > 256 && told.moved == told.pages && told.left == 0, "{told:?}");
+    // Of its page cache, a few blocks may have been laid down for its disk.
+    assert!(told.pages > 256 && told.moved + told.left == told.pages && told.left * 100 <= told.pages, "{told:?}");
     assert!(told.after.fetched_bytes * 100 <= told.after.bytes * 125 + (128 << 10) * 100, "{told:?}");
     refused(&["snapshot", "arrange", "web@2"], "no snapshot is named web@2");
     let verified: Value = serde_json::from_str(&host.command(&["fsck", "--json"])?)?;
