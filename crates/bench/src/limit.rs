@@ -177,7 +177,7 @@ impl Limit {
         command.args(self.arguments(ram, &overlay, &log, [net.as_raw_fd(), qmp.as_raw_fd(), console.as_raw_fd()]));
         let mut processes = Processes(Vec::new());
         processes.0.push(process::spawn(&command, &[net.as_fd(), qmp.as_fd(), console.as_fd()], None, &log)?);
-        processes.0.push(passt::start(&helper_end, passt::peer(1), &publish(port), &log)?);
+        processes.0.push(passt::start(&helper_end, &publish(port), &log)?);
         // The ends live in the two processes alone: either learns of the other's death.
         drop((net, helper_end));
         let qmp = Qmp::connect(&qmp_path, || {}).map_err(|error| format!("{error}; {}", process::last_words(&log)))?;

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::process::{self, ProcessId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
@@ -64,17 +64,6 @@ impl From<Publish> for String {
 /// The guest's address: the same in every copy, so that a fork finds the world as it left it.
 const GUEST_ADDRESS: [u8; 4] = [10, 0, 2, 15];
 
-/// The address from which clients on this host seem to come to a guest of this generation: another than to those it
-/// descends from. A copy remembers for a minute which ports of the old address its parent had just served (TIME_WAIT,
-/// RFC 9293 section 3.6.1), and would meet a new client with the same port as an old one: about every second of them
-/// would be reset. passt takes its gateway's address for this, and answers whoever looks for a gateway at any.
-#[must_use]
-pub fn peer(generation: u32) -> Ipv4Addr {
-    // All of 10.0.2.0/24 but what the guest may know from its boot: 16 addresses at the beginning, and broadcast.
-    let last = generation.checked_sub(1).map_or(2, |copies| 16 + (copies % 239) as u8);
-    Ipv4Addr::new(10, 0, 2, last)
-}
-
 /// The two ends of a guest's network, the hypervisor's first: the guest with hardware address `mac` has already
 /// introduced itself.
 ///
@@ -87,16 +76,16 @@ pub fn pair(mac: &str) -> std::io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Starts a helper at its end of a [`pair`], which listens on `publish` and lets this host's clients come from `peer`;
-/// does not wait until it listens ([`await_listening`] does).
+/// Starts a helper at its end of a [`pair`], which listens on `publish`; does not wait until it listens
+/// ([`await_listening`] does).
 ///
 /// # Errors
 /// [`Error::Spawn`] where passt is missing.
-pub fn start(end: &OwnedFd, peer: Ipv4Addr, publish: &[Publish], log: &Path) -> Result<ProcessId, Error> {
+pub fn start(end: &OwnedFd, publish: &[Publish], log: &Path) -> Result<ProcessId, Error> {
     let mut command = Command::new("passt");
     command.args(["--foreground", "--quiet", "--stderr", "--no-map-gw", "--fd", &end.as_raw_fd().to_string()]);
-    let (guest, peer) = (Ipv4Addr::from(GUEST_ADDRESS).to_string(), peer.to_string());
-    command.args(["--address", &guest, "--netmask", "24", "--gateway", &peer, "--ipv4-only"]);
+    let [a, b, c, d] = GUEST_ADDRESS;
+    command.args(["--address", &format!("{a}.{b}.{c}.{d}"), "--netmask", "24", "--gateway", "10.0.2.2", "--ipv4-only"]);
     for p in publish {
         command.args(["--tcp-ports", &format!("{}/{}:{}", p.address, p.host, p.guest)]);
     }
@@ -179,17 +168,6 @@ mod tests {
         drop(listener);
         assert!(!listens(local, port).unwrap());
         assert!(listens(IpAddr::from([192, 0, 2, 1]), port).is_err(), "not an address of ours");
-    }
-
-    #[test]
-    fn no_generation_meets_clients_from_an_address_of_one_shortly_before_it() {
-        assert_eq!(peer(0), Ipv4Addr::new(10, 0, 2, 2), "as booted guests are told");
-        for generation in 1..=u32::from(u16::MAX) {
-            let [.., last] = peer(generation).octets();
-            assert!((16..255).contains(&last), "generation {generation} has {last}");
-            assert!((1..=200).all(|before| generation < before || peer(generation - before) != peer(generation)));
-        }
-        assert!(peer(u32::MAX).octets()[3] >= 16);
     }
 
     #[test]

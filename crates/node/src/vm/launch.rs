@@ -133,7 +133,7 @@ pub(super) fn spawn<'a>(
         sys::give_way(hypervisor.pid, true);
     }
     // In the shadow of the hypervisor's own start.
-    let helper = passt::start(&helper_end, passt::peer(record.generation), &record.publish, &files.passt_log())?;
+    let helper = passt::start(&helper_end, &record.publish, &files.passt_log())?;
     undo.processes.push(helper);
     // The ends live in the two processes alone: either learns of the other's death.
     drop((net, helper_end));
