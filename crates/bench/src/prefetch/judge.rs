@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const SAMPLE: Duration = Duration::from_millis(500);
 /// How long the working set of an offshoot in training may take to settle.
 const TRAINING: Duration = Duration::from_secs(75);
-/// Recordings behind which a node lays a template down anew.
+/// Recordings behind which a node lays a template down anew, as its `layout` has them.
 const LAID_DOWN_BEHIND: [u64; 3] = [1, 3, 8];
 
 /// What is to be run.

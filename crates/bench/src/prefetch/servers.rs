@@ -151,7 +151,8 @@ impl Session {
         }
     }
 
-    /// A request; where its connection is lost, as some are on a node that is busy, over a new one.
+    /// A request; where its connection is lost, over a new one: the offshoot's kernel may take a client for one that its
+    /// parent has just served from the same port.
     pub(super) fn go_on(&mut self) -> Outcome {
         let asked = Instant::now();
         let Err(error) = self.request() else { return Ok(()) };
