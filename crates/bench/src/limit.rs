@@ -172,12 +172,12 @@ impl Limit {
         };
         let log = self.dir.join(format!("log-{slot}"));
         let ((qmp, qmp_path), (console, _)) = (listen("qmp")?, listen("console")?);
-        let (net, helper_end) = passt::pair(&self.mac)?;
+        let (net, helper_end) = passt::pair(&self.mac, passt::peer(1))?;
         let mut command = Command::new(vmm::qemu::PROGRAM);
         command.args(self.arguments(ram, &overlay, &log, [net.as_raw_fd(), qmp.as_raw_fd(), console.as_raw_fd()]));
         let mut processes = Processes(Vec::new());
         processes.0.push(process::spawn(&command, &[net.as_fd(), qmp.as_fd(), console.as_fd()], None, &log)?);
-        processes.0.push(passt::start(&helper_end, &publish(port), &log)?);
+        processes.0.push(passt::start(&helper_end, passt::peer(1), &publish(port), &log)?);
         // The ends live in the two processes alone: either learns of the other's death.
         drop((net, helper_end));
         let qmp = Qmp::connect(&qmp_path, || {}).map_err(|error| format!("{error}; {}", process::last_words(&log)))?;

@@ -27,9 +27,10 @@ type Stage = fn(&TestHost) -> Outcome;
 #[test]
 fn copies_have_what_their_ancestors_had_and_nothing_else() {
     let host = common::host("family");
-    let stages: [(&str, Stage); 8] = [
+    let stages: [(&str, Stage); 9] = [
         ("isolation of parent, children and grandchildren", isolation),
         ("restore without the VM, its page cache or its daemon", restore),
+        ("clients from ports that an ancestor served", known_ports),
         ("ten generations", ten_generations),
         ("successive forks of one VM", successive_forks),
         ("forks under load", forks_under_load),
@@ -114,6 +115,44 @@ fn restore(host: &TestHost) -> Outcome {
     host.remove(&child.name)?;
     let third = start("third")?;
     same(host, &third, &want)
+}
+
+/// Asks the web server at the address given from one local port after the other; prints how often in vain.
+const FROM_PORTS: &str = r#"
+import socket, sys
+lost = 0
+for port in range(61100, 61160):
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind(("127.0.0.1", port))
+    client.settimeout(20)
+    try:
+        client.connect(("127.0.0.1", int(sys.argv[1])))
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+        assert b" 200 " in answer, answer[:100]
+    except OSError as error:
+        print(port, error, file=sys.stderr)
+        lost += 1
+    client.close()
+print(lost)
+"#;
+
+/// A copy's kernel remembers its parent's last connections, and must not take new ones for these.
+fn known_ports(host: &TestHost) -> Outcome {
+    let ask = |guest: &Guest| -> Outcome {
+        let lost = run(Command::new("python3").args(["-c", FROM_PORTS, &guest.http.port().to_string()]), 0)?;
+        if lost.trim() == "0" { Ok(()) } else { Err(format!("{} reset {} clients", guest.name, lost.trim()).into()) }
+    };
+    let parent = host.restore("served", "web@ready")?;
+    parent.await_response(Some(NONCE), MINUTES)?;
+    ask(&parent)?;
+    let child = fork(host, &parent, 1, "served-o")?.remove(0);
+    ask(&child)?;
+    let grandchild = fork(host, &child, 1, "served-o-o")?.remove(0);
+    ask(&grandchild)
 }
 
 /// Fork of fork of fork: the tenth has what each ancestor wrote, needs none of them, and costs no more than the first.

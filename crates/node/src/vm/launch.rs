@@ -99,7 +99,8 @@ pub(super) fn spawn<'a>(
     let dir = shared.home.vm_dir(record.id);
     let mut undo = Undo { shared, record: record.clone(), processes: Vec::new(), keep: false };
     let files = Files { dir: dir.clone() };
-    let (net, helper_end) = passt::pair(&record.shape.nic.mac).map_err(Error::io("make the network of", &dir))?;
+    let (net, helper_end) = passt::pair(&record.shape.nic.mac, passt::peer(record.generation))
+        .map_err(Error::io("make the network of", &dir))?;
     let blank = shared.home.ram_file(shared.blank_ram(record.shape.memory_bytes())?);
     let disks: Vec<PathBuf> = record.overlays.iter().map(|&id| shared.home.disk_file(id)).collect();
     let disks: Vec<&Path> = disks.iter().map(PathBuf::as_path).collect();
@@ -133,7 +134,7 @@ pub(super) fn spawn<'a>(
         sys::give_way(hypervisor.pid, true);
     }
     // In the shadow of the hypervisor's own start.
-    let helper = passt::start(&helper_end, &record.publish, &files.passt_log())?;
+    let helper = passt::start(&helper_end, passt::peer(record.generation), &record.publish, &files.passt_log())?;
     undo.processes.push(helper);
     // The ends live in the two processes alone: either learns of the other's death.
     drop((net, helper_end));
