@@ -10,6 +10,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const SERVER: Server = Server::Redis;
+/// What bounds the others: the node has all of the snapshot.
+const ALL_LOCAL: &str = "all-local";
 
 pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
     let profile = Some(world.trained(SERVER, 2)?);
@@ -19,19 +21,19 @@ pub(super) fn run(world: &mut World, plots: &Path) -> Outcome<Vec<Figure>> {
         later(world, "later_offshoots_bytes_other", |n| 100 + n)?,
     ];
     let mut series = Vec::new();
-    for policy in ["none", "auto"] {
+    for name in ["none", "auto", ALL_LOCAL] {
         let mut points = Vec::new();
         for count in if world.quick { vec![1, 2] } else { vec![1, 2, 4, 8] } {
             world.set_profile(SERVER.name(), profile.as_ref())?;
-            let first_s = together(world, policy, count)?;
-            println!("{count} at once, {policy}: first answers after {first_s:.2?} s");
+            let first_s = together(world, name, count)?;
+            println!("{count} at once, {name}: first answers after {first_s:.2?} s");
             points.push(Point { x: count as f64, runs: first_s });
         }
-        series.push(Series { name: policy.into(), points });
+        series.push(Series { name: name.into(), points });
     }
     let lines = Lines {
         title: "First answers of offshoots that start at once".into(),
-        subtitle: format!("{} on one cold node; the line joins medians", SERVER.name()),
+        subtitle: format!("{} on one node, cold but for all-local; the line joins medians", SERVER.name()),
         x: "offshoots".into(),
         y: "s".into(),
         across: Across::Doubling,
@@ -74,9 +76,13 @@ fn drive(node: &Node<'_>, name: &str, policy: &str, seed: u64, work: Work) -> Ou
     Ok(session.drive(began, work, || Ok(()))?.first_s)
 }
 
-/// Starts so many at once on a cold node; seconds until the first answer of each.
-fn together(world: &World, policy: &str, count: u64) -> Outcome<Vec<f64>> {
+/// Starts so many at once, under a policy on a cold node or [`ALL_LOCAL`]; seconds until the first answer of each.
+fn together(world: &World, name: &str, count: u64) -> Outcome<Vec<f64>> {
+    let policy = if name == ALL_LOCAL { "none" } else { name };
     world.at_node(|node| {
+        if name == ALL_LOCAL {
+            node.warm(SERVER.name())?;
+        }
         std::thread::scope(|scope| {
             let work = Work { busy: Duration::ZERO, answers: 1 };
             let start = |n: u64| scope.spawn(move || drive(node, &format!("c{n}"), policy, 100 + n, work));
