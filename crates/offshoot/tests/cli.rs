@@ -298,6 +298,13 @@ fn a_home_has_one_daemon_and_is_nobody_elses() -> Outcome {
     let refused = Command::new(program()).arg("--home").arg(&deep).arg("ps").output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("too long for a home"), "{said}");
+    // One that cannot start is tried again, and says why once.
+    let mut refused = Command::new(program());
+    refused.arg("--home").arg(dir.path().join("s")).arg("ps").env("HOME", dir.path());
+    refused.env_remove("AWS_ACCESS_KEY_ID").env("OFFSHOOT_STORE", "s3://bucket/x?endpoint=http://127.0.0.1:1");
+    let refused = refused.output()?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.matches("there are no credentials").count() == 1, "{said}");
     // Many commands at once on a fresh home: they share the one daemon that the first of them starts.
     let fresh = dir.path().join("h");
     let pids: Vec<u32> = std::thread::scope(|scope| {

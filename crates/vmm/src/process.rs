@@ -121,8 +121,15 @@ pub fn reap(pidfd: &OwnedFd) -> Option<String> {
 /// The end of a log file, for an error message: at most eight lines and 1,500 bytes.
 #[must_use]
 pub fn last_words(log: &Path) -> String {
+    last_words_from(log, 0)
+}
+
+/// The same of what a log file has from byte `from` on: of one process, where others wrote to it before.
+#[must_use]
+pub fn last_words_from(log: &Path, from: u64) -> String {
     let bytes = std::fs::read(log).unwrap_or_default();
-    let tail = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(1500)..]).into_owned();
+    let from = usize::try_from(from).unwrap_or(usize::MAX).min(bytes.len());
+    let tail = String::from_utf8_lossy(&bytes[from.max(bytes.len().saturating_sub(1500))..]).into_owned();
     let lines: Vec<&str> = tail.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let words = lines[lines.len().saturating_sub(8)..].join(" | ");
     if words.is_empty() { "it said nothing".into() } else { words }

@@ -25,6 +25,8 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
     let end = Instant::now() + LIMIT;
     let mut child: Option<vmm::process::ProcessId> = None;
     let mut starts = 0;
+    // Where the log of the last start begins: each says the same again where it is for a reason that lasts.
+    let mut from = 0;
     loop {
         match client.get::<api::Version>("/v1/version") {
             Ok(_) => return Ok(client),
@@ -35,10 +37,11 @@ pub(super) fn daemon(home: &Path) -> Result<Client, Box<dyn std::error::Error>> 
         // that is just ending and must be gone first: ours would give way to either.
         if !crate::daemon::held(home) && !child.is_some_and(|child| child.alive()) {
             if starts == 3 {
-                let words = vmm::process::last_words(&log_path);
+                let words = vmm::process::last_words_from(&log_path, from);
                 return Err(format!("the daemon ended at start: {words}").into());
             }
             starts += 1;
+            from = std::fs::metadata(&log_path).map_or(0, |log| log.len());
             match vmm::process::spawn(&command, &[], None, &log_path) {
                 Ok(started) => child = Some(started),
                 // It gave way to another at once, or cannot start at all: its log says which.
