@@ -1,14 +1,13 @@
 //! An image that was deployed once comes to the next node in the order in which it was read then.
 
+use crate::common::nodes::{self, done, refused};
 use crate::common::tiny::{DISK, disk_bytes};
-use crate::common::{TestHost, eventually, halting_kernel, host, program};
+use crate::common::{TestHost, eventually, halting_kernel, host};
 use crate::weed;
 use bench::Outcome;
 use mirror::nbd::NbdClient;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -63,36 +62,8 @@ fn pass(mut from: TcpStream, mut to: TcpStream, see: &dyn Fn(&[u8])) {
     let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }
 
-fn command(home: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(program());
-    command.arg("--home").arg(home).args(words).env_remove("OFFSHOOT_STORE").env_remove("OFFSHOOT_CACHE_SIZE");
-    command.env("AWS_ACCESS_KEY_ID", weed::credentials().key_id).env("AWS_SECRET_ACCESS_KEY", weed::SECRET);
-    command
-}
-
-/// A node with nothing cached.
 fn node(name: &str, url: &str) -> TestHost {
-    let home = std::path::PathBuf::from(format!("/tmp/os-{name}-{}", std::process::id()));
-    let output = command(&home, &["ps"]).env("OFFSHOOT_STORE", url).env("OFFSHOOT_CACHE_SIZE", "256M").output();
-    let output = output.expect("the program starts");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    host(name)
-}
-
-fn ask(host: &TestHost, words: &[&str]) -> Output {
-    command(&host.home, words).output().expect("the program starts")
-}
-
-fn done(host: &TestHost, words: &[&str]) -> String {
-    let output = ask(host, words);
-    assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
-}
-
-fn refused(host: &TestHost, words: &[&str], why: &str) {
-    let output = ask(host, words);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && said.contains(why), "{words:?} says: {said}");
+    nodes::node(name, url, "256M")
 }
 
 fn said(host: &TestHost, words: &str) -> Outcome<bool> {

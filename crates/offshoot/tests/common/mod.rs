@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
 pub(crate) mod fsx;
+pub(crate) mod nodes;
 pub(crate) mod tiny;
 
 use bench::Outcome;
