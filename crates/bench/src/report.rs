@@ -2,7 +2,7 @@
 
 use crate::Outcome;
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One figure.
 #[derive(Clone, Debug, Serialize)]
@@ -106,6 +106,55 @@ pub fn save(path: &Path, figures: &[Figure]) -> Outcome {
     std::fs::write(&new, serde_json::to_vec_pretty(&all)?)?;
     std::fs::rename(new, path)?;
     Ok(())
+}
+
+/// Figures of a benchmark that is measured part by part.
+#[derive(Debug)]
+pub struct Parts {
+    to: PathBuf,
+    figures: Vec<Figure>,
+    failed: Vec<&'static str>,
+}
+
+impl Parts {
+    /// None measured yet; figures go to the file `to`. `only` names parts of those that are `known`.
+    ///
+    /// # Errors
+    /// Where it names another.
+    pub fn new(to: &Path, known: &[&str], only: &[String]) -> Outcome<Self> {
+        if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
+            return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
+        }
+        Ok(Self { to: to.to_owned(), figures: Vec::new(), failed: Vec::new() })
+    }
+
+    /// Adds what was found for a part. What was measured lasts, whatever becomes of the parts that follow; where one
+    /// fails, the others are worth having all the same.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn add(&mut self, name: &'static str, found: Outcome<Vec<Figure>>) -> Outcome {
+        match found {
+            Ok(found) => {
+                self.figures.extend(found);
+                save(&self.to, &self.figures)?;
+            }
+            Err(error) => {
+                eprintln!("{name}: {error}");
+                self.failed.push(name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Prints all as a table.
+    ///
+    /// # Errors
+    /// Where a part could not be measured, or the file not be written.
+    pub fn end(self) -> Outcome {
+        write(&self.to, &self.figures)?;
+        if self.failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", self.failed.join(", ")).into()) }
+    }
 }
 
 /// Writes figures as JSON and prints them as a table.

@@ -21,8 +21,8 @@ mod servers;
 mod windows;
 mod world;
 
-use crate::report::Figure;
-use crate::{Outcome, report};
+use crate::Outcome;
+use crate::report::{Figure, Parts};
 use serde::Serialize;
 use servers::Server;
 use std::path::Path;
@@ -50,40 +50,26 @@ const COLORS: &str = "colors";
 /// # Errors
 /// What could not be measured, and why.
 pub fn run(program: &Path, dir: &Path, target: &Path, only: &[String], full: bool) -> Outcome {
-    let known = || PARTS.iter().map(|(part, _)| *part).chain([COLORS]);
-    if let Some(unknown) = only.iter().find(|name| known().all(|part| part != **name)) {
-        let known: Vec<&str> = known().collect();
-        return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
-    }
     let wanted = |part: &str| only.is_empty() || only.iter().any(|name| name == part);
     let (name, servers) = if full { ("prefetch-full", &Server::FULL[..]) } else { ("prefetch", &Server::USUAL[..]) };
     let (bench, command) = (target.join("bench"), format!("make bench-{name}"));
     let (to, plots) = (bench.join(name).with_extension("json"), bench.join(if full { "plots-full" } else { "plots" }));
-    let (mut figures, mut failed) = (Vec::new(), Vec::new());
-    // What was measured lasts, whatever becomes of the parts that follow.
-    let mut keep = |name: &'static str, found: Outcome<Vec<Figure>>| -> Outcome {
-        match found {
-            Ok(found) => figures.extend(found.into_iter().map(|figure| Figure { command: command.clone(), ..figure })),
-            Err(error) => {
-                eprintln!("{name}: {error}");
-                failed.push(name);
-            }
-        }
-        report::save(&to, &figures)
-    };
+    let known = PARTS.map(|(part, _)| part);
+    let mut measured = Parts::new(&to, &[&known[..], &[COLORS]].concat(), only)?;
+    let named = |found: Vec<Figure>| found.into_iter().map(|f| Figure { command: command.clone(), ..f }).collect();
     if wanted(COLORS) {
         println!("-- {COLORS}");
-        keep(COLORS, crate::colors::matrix::run(&target.join("colors"), &bench.join("colors.md"), &[]))?;
+        let found = crate::colors::matrix::run(&target.join("colors"), &bench.join("colors.md"), &[]);
+        measured.add(COLORS, found.map(named))?;
     }
     if PARTS.iter().any(|(part, _)| wanted(part)) {
         let mut world = World::new(program, dir, &if full { bench.join("full") } else { bench }, servers)?;
         for (name, part) in PARTS.iter().filter(|(name, _)| wanted(name)) {
             println!("-- {name}");
-            keep(name, part(&mut world, &plots))?;
+            measured.add(name, part(&mut world, &plots).map(named))?;
         }
     }
-    report::write(&to, &figures)?;
-    if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
+    measured.end()
 }
 
 /// Whether the variable `BENCH_<what>`, names with commas between them, asks for `name`; unset, it asks for all.

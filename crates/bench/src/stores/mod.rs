@@ -16,8 +16,8 @@ pub(crate) mod origin;
 mod plots;
 mod sizes;
 
-use crate::report::Figure;
-use crate::{Outcome, report};
+use crate::Outcome;
+use crate::report::{Figure, Parts};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -74,31 +74,15 @@ pub fn run(program: &Path, dir: &Path, to: &Path, only: &[String]) -> Outcome {
         ("checkpoints", plots::checkpoints),
         ("bonnie", plots::bonnie),
     ];
-    if let Some(unknown) = only.iter().find(|name| parts.iter().all(|(part, _)| part != name)) {
-        let known: Vec<&str> = parts.iter().map(|(part, _)| *part).collect();
-        return Err(format!("there is no part `{unknown}`; give some of: {}", known.join(" ")).into());
-    }
-    let (mut figures, mut failed) = (Vec::new(), Vec::new());
+    let mut measured = Parts::new(to, &parts.map(|(part, _)| part), only)?;
     for (name, part) in parts {
         if only.is_empty() && name != "sizes" || only.iter().any(|wanted| wanted == name) {
             println!("-- {name}");
-            match part(&bench) {
-                // What was measured lasts, whatever becomes of the parts that follow.
-                Ok(found) => {
-                    figures.extend(found);
-                    report::save(to, &figures)?;
-                }
-                // The others are worth having all the same.
-                Err(error) => {
-                    eprintln!("{name}: {error}");
-                    failed.push(name);
-                }
-            }
+            measured.add(name, part(&bench))?;
         }
     }
     let _ = std::fs::remove_dir_all(dir);
-    report::write(to, &figures)?;
-    if failed.is_empty() { Ok(()) } else { Err(format!("not measured: {}", failed.join(", ")).into()) }
+    measured.end()
 }
 
 /// Unmounts what mirrors that are gone have mounted in a directory.
