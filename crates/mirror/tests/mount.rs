@@ -124,10 +124,17 @@ fn a_lost_holder_makes_readers_wait_and_is_named() {
     client.add_ram(ram(0x100, &own(0x100, content.len()), RamSource::Pending(holder))).unwrap();
     kill(pid);
     reap(pid);
-    let path = mirror.ram(0x100);
-    let wanted = content[0];
-    let reader = in_child(move || assert_eq!(Mapping::of(&path, PAGE).bytes()[0], wanted));
+    let (path, known) = (mirror.ram(0x100), mirror.home.join("known"));
+    let (wanted, go) = (content[0], known.clone());
+    // It reads when the mirror knows whose it is: a read counts for whom its reader was when it began.
+    let reader = in_child(move || {
+        while !go.exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(Mapping::of(&path, PAGE).bytes()[0], wanted);
+    });
     client.register_vm("web", reader.cast_unsigned()).unwrap();
+    std::fs::write(known, "").unwrap();
     let waiting = wait_for(|| client.stats(Some("web")).unwrap().waiting.pop());
     assert_eq!((waiting.object, waiting.vm.as_deref()), (0x100, Some("web")));
     assert!(waiting.why.contains("0000000000000100") && waiting.why.contains("lost"), "{}", waiting.why);

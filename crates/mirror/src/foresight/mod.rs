@@ -159,7 +159,16 @@ impl Foresight {
             *core.vms.known(vm).member.write().expect("no writer panics") = None;
             drop(member);
         }
-        self.streams.lock().expect("no holder panics").retain(|_, stream| Arc::strong_count(stream) > 1);
+        // Who fetches for it may hold it a moment longer, and sees it off.
+        self.followed();
+        self.ring();
+    }
+
+    /// The streams that somebody follows, or is about to; others are forgotten.
+    fn followed(&self) -> Vec<Arc<Stream>> {
+        let mut streams = self.streams.lock().expect("no holder panics");
+        streams.retain(|_, stream| Arc::strong_count(stream) > 1);
+        streams.values().cloned().collect()
     }
 
     /// Counters of all streams, by the RAM file that their VMs started from.
@@ -179,8 +188,7 @@ impl Foresight {
     fn next(&self) -> (Arc<Stream>, Work) {
         loop {
             let heard = self.bell.count();
-            let streams: Vec<Arc<Stream>> = self.streams.lock().expect("no holder panics").values().cloned().collect();
-            let mut hungry: Vec<_> = streams.into_iter().map(|s| (s.flying(), s)).collect();
+            let mut hungry: Vec<_> = self.followed().into_iter().map(|s| (s.flying(), s)).collect();
             hungry.sort_by_key(|(flying, _)| *flying);
             if let Some(found) = hungry.into_iter().find_map(|(_, s)| s.take().map(|work| (s, work))) {
                 return found;
