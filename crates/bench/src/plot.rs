@@ -18,7 +18,8 @@ const LEFT: f64 = 84.0;
 const RIGHT: f64 = 24.0;
 const TOP: f64 = 86.0;
 const BOTTOM: f64 = 62.0;
-const COLOURS: [&str; 5] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"];
+/// As many as there are policies to compare; told apart by most people who see colours otherwise (after Okabe and Ito).
+const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a89f00", "#555555"];
 
 /// Repetitions of one measurement at one place of the horizontal axis.
 #[derive(Clone, Debug)]
