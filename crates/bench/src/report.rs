@@ -204,4 +204,19 @@ mod tests {
         assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
         assert!(median(&[]).is_nan());
     }
+
+    #[test]
+    fn a_part_that_fails_is_named_and_what_was_measured_lasts() {
+        let to = std::env::temp_dir().join(format!("parts-{}.json", std::process::id()));
+        let unknown = Parts::new(&to, &["one", "two"], &["three".to_owned()]).unwrap_err().to_string();
+        assert!(unknown.contains("`three`") && unknown.contains("one two"), "{unknown}");
+        let mut parts = Parts::new(&to, &["one", "two"], &["two".to_owned()]).unwrap();
+        parts.add("one", Ok(vec![Figure::new("speed", "x", vec![2.0], "make")])).unwrap();
+        parts.add("two", Err("no disk".into())).unwrap();
+        let failed = parts.end().unwrap_err().to_string();
+        let kept: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(&to).unwrap()).unwrap();
+        std::fs::remove_file(&to).unwrap();
+        assert!(failed.contains("two") && !failed.contains("one"), "{failed}");
+        assert_eq!((kept.len(), &kept[0]["figure"]), (1, &"speed".into()));
+    }
 }
